@@ -1,0 +1,210 @@
+"The command line as a user meets it: exit codes, one-line errors, killing, resuming, ranks."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ['train', 'toy', '--smoke', '--device', 'cpu', '--precision', 'fp32', '--workers', '0']
+
+def rows(out, key='train/loss'): return [r for r in map(json.loads, (Path(out) / 'metrics.jsonl').read_text().splitlines()) if key in r]
+def report(out): return json.loads((Path(out) / 'report.json').read_text())
+
+@pytest.fixture(scope='session')
+def finished(clipa, tmp_path_factory):
+    "One finished smoke run that several tests look at."
+    out = tmp_path_factory.mktemp('runs') / 'finished'
+    clipa(*SMOKE, '--out', out)
+    return out
+
+def test_a_run_leaves_what_it_promises(finished):
+    there = {p.name for p in finished.iterdir()}
+    assert {'plan.json', 'metrics.jsonl', 'checkpoints', 'model', 'report.json', 'report.png'} <= there
+    assert not [p for p in finished.rglob('*') if 'tmp' in p.name]
+    assert [r['step'] for r in rows(finished)] == list(range(1, 17))
+    plan = json.loads((finished / 'plan.json').read_text())
+    assert [s['steps'] for s in plan['stages']] == [8, 8] and plan['stages'][0]['flops'] > 0
+
+def test_a_finished_run_prints_its_report_again(clipa, finished):
+    before = (finished / 'report.json').stat().st_mtime_ns
+    done = clipa(*SMOKE, '--out', finished)
+    assert 'is finished' in done.stdout and 'held-out pairs' in done.stdout
+    assert (finished / 'report.json').stat().st_mtime_ns == before
+
+def test_eval_prints_the_same_numbers(clipa, finished, tmp_path):
+    clipa('eval', finished / 'model', '--device', 'cpu', '--out', tmp_path / 'eval.json')
+    assert json.loads((tmp_path / 'eval.json').read_text())['metrics'] == report(finished)['metrics']
+
+def test_the_same_seed_gives_the_same_report(clipa, finished, tmp_path):
+    clipa(*SMOKE, '--out', tmp_path / 'again')
+    assert report(tmp_path / 'again')['metrics'] == report(finished)['metrics']
+    assert [r['train/loss'] for r in rows(tmp_path / 'again')] == [r['train/loss'] for r in rows(finished)]
+
+def test_workers_do_not_change_the_run(clipa, finished, tmp_path):
+    clipa(*[a if a != '0' else '2' for a in SMOKE], '--out', tmp_path / 'two')
+    assert [r['train/loss'] for r in rows(tmp_path / 'two')] == [r['train/loss'] for r in rows(finished)]
+
+def test_accumulation_does_not_change_the_run(clipa, finished, tmp_path):
+    "Stage 1 drops nothing, so its losses are those of one graph."
+    clipa(*SMOKE, '--out', tmp_path / 'chunks', '--batch-size', '8')
+    a, b = rows(tmp_path / 'chunks'), rows(finished)
+    assert [r['train/loss'] for r in a[:8]] == pytest.approx([r['train/loss'] for r in b[:8]], rel=1e-4)
+    assert [r['train/logit_scale'] for r in a[:8]] == pytest.approx([r['train/logit_scale'] for r in b[:8]], rel=1e-5)
+
+def start(*args): return subprocess.Popen([sys.executable, '-m', 'clipa_nb.cli', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def wait_for_checkpoint(out, process, limit=120):
+    until = time.time() + limit
+    while time.time() < until and process.poll() is None:
+        if list((Path(out) / 'checkpoints').glob('step_*')): return
+        time.sleep(0.01)
+    raise AssertionError(f'no checkpoint\n{process.communicate()}')
+
+LONG = [*SMOKE, '--checkpoint-steps', '1']
+
+@pytest.mark.parametrize('sig, code', [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_stopping_and_going_on(clipa, finished, tmp_path, sig, code):
+    "Killed, interrupted or preempted: the same command finishes the run, and it is the same run."
+    out = tmp_path / 'run'
+    victim = start(*LONG, '--out', out); wait_for_checkpoint(out, victim)
+    victim.send_signal(sig); _, err = victim.communicate(timeout=60)
+    assert victim.returncode == code, err
+    assert not (out / 'report.json').exists()
+    if code != -9: assert 'To go on: clipa train toy' in err and 'Traceback' not in err
+    clipa(*LONG, '--out', out)
+    assert [r['step'] for r in rows(out)] == list(range(1, 17))
+    assert [r['train/loss'] for r in rows(out)] == [r['train/loss'] for r in rows(finished)]
+    assert report(out)['metrics'] == report(finished)['metrics']
+
+def bad(clipa, *args, says):
+    done = clipa(*args, check=2)
+    assert says in done.stderr, done.stderr
+    assert 'Traceback' not in done.stderr
+    assert len([l for l in done.stderr.splitlines() if l.startswith('clipa: ')]) == 1
+    return done
+
+def test_unknown_names(clipa):
+    bad(clipa, 'train', 'tooy', says='did you mean toy')
+    bad(clipa, 'eval', '/nowhere/model', says='/nowhere/model')
+    bad(clipa, 'train', 'toy', '--device', 'tpu', says='unknown device')
+    bad(clipa, 'train', 'toy', '--precision', 'fp8', says='unknown precision')
+
+def test_no_cuda(clipa, tmp_path):
+    import torch
+    if torch.cuda.is_available(): pytest.skip('this machine has CUDA')
+    bad(clipa, 'train', 'toy', '--smoke', '--device', 'cuda', '--out', tmp_path / 'x', says='no cuda')
+    assert not (tmp_path / 'x' / 'data').exists()
+
+def test_directories_in_the_way(clipa, finished, tmp_path):
+    bad(clipa, 'train', 'toy', '--out', finished, says='holds another run')
+    bad(clipa, *SMOKE, '--out', finished, '--seed', '7', says='seed is 0, asked for 7')
+    (tmp_path / 'file').write_text('')
+    bad(clipa, *SMOKE, '--out', tmp_path / 'file' / 'run', says='cannot make this directory')
+
+def test_data_that_is_not_there(clipa, tmp_path):
+    bad(clipa, *SMOKE, '--train-data', tmp_path / 'none-{000..003}.tar', '--out', tmp_path / 'a', says='none-')
+    bad(clipa, 'train', 'clipa-v2-h14', '--smoke', '--train-data', tmp_path, '--out', tmp_path / 'b', says=str(tmp_path))
+    assert not (tmp_path / 'a' / 'model').exists()
+
+def tar(path, members):
+    import io, tarfile
+    with tarfile.open(path, 'w') as t:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name); info.size = len(data); t.addfile(info, io.BytesIO(data))
+
+def test_shards_with_other_things_in_them(clipa, tmp_path):
+    tar(tmp_path / 'text.tar', {'a.txt': b'a red star', 'a.json': b'{}'})
+    bad(clipa, *SMOKE, '--train-data', tmp_path / 'text.tar', '--out', tmp_path / 'a', says='txt')
+    tar(tmp_path / 'image.tar', {'a.jpg': b'\xff\xd8', 'a.cls': b'3'})
+    bad(clipa, *SMOKE, '--train-data', tmp_path / 'image.tar', '--out', tmp_path / 'b', says='cls')
+
+def test_impossible_sizes(clipa, tmp_path):
+    from clipa_nb.cli import Options, run
+    from clipa_nb.core import LOCAL, UserError
+    from clipa_nb.recipes import TOY, smoke
+    for change, says in (({'image_size': 33}, 'divisible'), ({'image_strategy': 'random', 'image_ratio': 0.99}, 'token'), ({'context_length': 1}, 'context'), ({'image_ratio': 1.5, 'image_strategy': 'random'}, 'ratio')):
+        out = tmp_path / says
+        with pytest.raises(UserError, match=says): run(smoke(TOY).with_stages(change), Options(out=str(out), device='cpu'), LOCAL)
+        assert not out.exists() or not list(out.iterdir())
+
+def test_batch_that_cannot_be_shared(clipa, tmp_path):
+    done = torchrun(3, *SMOKE, '--out', tmp_path / 'x')
+    assert done.returncode == 1 and 'cannot be shared by 3 ranks' in done.stderr
+
+def torchrun(n, *args):
+    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m', 'clipa_nb.cli', *map(str, args)], capture_output=True, text=True, timeout=300)
+
+def test_torchrun_gives_the_single_process_trace(finished, tmp_path):
+    "Stage 1 of the toy recipe neither drops nor augments, so two ranks must see what one sees."
+    done = torchrun(2, *SMOKE, '--out', tmp_path / 'two')
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = rows(tmp_path / 'two')[:8], rows(finished)[:8]
+    for key in ('train/loss', 'train/grad_norm', 'train/logit_scale'):
+        assert [r[key] for r in a] == pytest.approx([r[key] for r in b], rel=2e-4), key
+    assert [r['step'] for r in rows(tmp_path / 'two')] == list(range(1, 17))
+    assert report(tmp_path / 'two')['metrics']['val/colour-zeroshot-val-top1'] >= 0
+
+def one_step(comm, bypass=False):
+    "Gradients of one step of the smoke recipe, on this rank's share of the batch."
+    import torch
+    from clipa_nb.clip import build_clip
+    from clipa_nb.infonce import Contrastive
+    from clipa_nb.recipes import TOY, smoke, stage_model
+    from clipa_nb.trainer import Task, forward_backward
+    torch.manual_seed(0)
+    model = build_clip(stage_model(smoke(TOY), 0)).train()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.02 * torch.randn(p.shape))
+    g = torch.Generator().manual_seed(1)
+    batch = dict(image=torch.randint(0, 256, (16, 3, 32, 32), generator=g, dtype=torch.uint8), text=torch.randint(1, 100, (16, 9), generator=g))
+    b = 16 // comm.size
+    mine = {k: v[comm.rank * b:(comm.rank + 1) * b] for k, v in batch.items()}
+    task = Task(model, Contrastive()); wrapped = comm.wrap(task)
+    forward_backward(task if bypass else wrapped, task, mine, comm)
+    return {n: p.grad.numpy() for n, p in model.named_parameters()}
+
+def check_alike(comm, bypass):
+    from clipa_nb.distributed_trainer import same_gradients
+    import torch
+    grads = one_step(comm, bypass)
+    holder = torch.nn.Module()
+    for i, g in enumerate(grads.values()):
+        p = torch.nn.Parameter(torch.zeros(g.shape)); p.grad = torch.from_numpy(g); holder.register_parameter(f'p{i}', p)
+    try: same_gradients(holder, comm)
+    except RuntimeError as e: return str(e)
+    return ''
+
+def test_two_ranks_have_the_single_process_gradients():
+    import numpy as np
+    from clipa_nb.core import LOCAL
+    from clipa_nb.distributed_trainer import spawn
+    alone = one_step(LOCAL)
+    for grads in spawn(one_step, 2):
+        for name, g in alone.items(): np.testing.assert_allclose(grads[name], g, rtol=1e-3, atol=1e-6 + 1e-4 * np.abs(g).max(), err_msg=name)
+        assert abs(grads['logit_scale'] - alone['logit_scale']) < 1e-5
+
+def test_going_around_the_wrapper_is_noticed():
+    from clipa_nb.distributed_trainer import spawn
+    assert spawn(check_alike, 2, False) == ['', '']
+    assert all('gradient' in message for message in spawn(check_alike, 2, True))
+
+def test_dry_run_of_the_real_thing(clipa, tmp_path):
+    done = clipa('train', 'clipa-v2-h14', '--dry-run', '--device', 'cpu', cwd=tmp_path)
+    assert '195,490' in done.stdout and not list(tmp_path.iterdir())
+
+def test_other_commands(clipa, finished, tmp_path):
+    assert 'clipa-v2-h14' in clipa('recipes').stdout
+    assert 'H100-hours' in clipa('cost', 'clipa-v2-h14').stdout
+    clipa('data', 'make', tmp_path / 'shards', '--n', '40')
+    assert '40 pairs, 0 that cannot' in clipa('data', 'check', tmp_path / 'shards').stdout
+    clipa('export', finished / 'model', tmp_path / 'exported')
+    assert (tmp_path / 'exported' / 'open_clip_config.json').exists()
+    assert 'bottleneck' in clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0').stdout
+
+@pytest.mark.parametrize('name', ['clipa-v2-h14', 'clipa-v1-b16-i50-t16', 'clipa-v1-l16-i37-t8'])
+def test_smoke_twins_run(clipa, tmp_path, name):
+    clipa('train', name, '--smoke', '--max-steps', '2', '--device', 'cpu', '--precision', 'fp32', '--workers', '0', '--out', tmp_path / name)
+    assert (tmp_path / name / 'model' / 'open_clip_config.json').exists()
+
+def test_own_shards_are_read(clipa, tmp_path):
+    clipa('data', 'make', tmp_path / 'shards', '--n', '200')
+    clipa(*SMOKE, '--max-steps', '2', '--train-data', tmp_path / 'shards', '--out', tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'data').exists()

@@ -1,0 +1,108 @@
+"The house: the two commands, what is generated, what is promised in workflows, and that the package is light."
+import configparser, json, re, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / 'nbs').glob('[0-9][0-9]_*.ipynb'))
+
+def code_lines(text):
+    "Lines inside fenced blocks."
+    return [l for block in re.findall(r'```\w*\n(.*?)```', text, re.S) for l in block.splitlines() if l.strip()]
+
+def test_the_two_commands_come_first():
+    first, second = code_lines((ROOT / 'README.md').read_text())[:2]
+    assert first.endswith('.venv/bin/clipa demo') and 'venv .venv' in first
+    assert 'nbdev_test' in second and 'pytest' in second and 'venv .venv' in second
+
+def test_ci_runs_the_second_command():
+    second = code_lines((ROOT / 'README.md').read_text())[1]
+    assert second in (ROOT / '.ci/run').read_text().splitlines()
+
+def test_readme_is_fresh():
+    done = subprocess.run([sys.executable, ROOT / '.ci/readme.py', '--check'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+def test_readme_map_names_every_chapter():
+    text = (ROOT / 'README.md').read_text()
+    missing = [p.stem for p in CHAPTERS if p.stem not in text]
+    assert not missing, missing
+    assert len(CHAPTERS) == 20
+
+def test_readme_links_and_pictures_exist():
+    targets = re.findall(r'\]\(([^)#]+)\)', (ROOT / 'README.md').read_text())
+    missing = [t for t in targets if '://' not in t and not (ROOT / t).exists()]
+    assert targets and not missing, missing
+
+@pytest.mark.parametrize('path', sorted((ROOT / '.github/workflows').glob('*.yaml')), ids=lambda p: p.stem)
+def test_workflows_call_what_exists(path):
+    yaml = pytest.importorskip('yaml')
+    flow = yaml.safe_load(path.read_text())
+    assert flow['jobs'] and (True in flow or 'on' in flow)  # YAML reads the bare word "on" as true
+    import importlib.metadata
+    scripts = {e.name for e in importlib.metadata.entry_points(group='console_scripts')}
+    for job in flow['jobs'].values():
+        for step in job['steps']:
+            assert ('uses' in step) != ('run' in step)
+            for line in step.get('run', '').splitlines():
+                words = line.split()
+                if words[0] == 'bash': assert (ROOT / words[1]).exists(), line
+                elif words[0] not in ('echo', 'python'): assert words[0] in scripts, line
+
+def test_workflow_covers_the_pythons():
+    yaml = pytest.importorskip('yaml')
+    rows = yaml.safe_load((ROOT / '.github/workflows/test.yaml').read_text())['jobs']['test']['strategy']['matrix']['include']
+    assert [r['python'] for r in rows] == ['3.10', '3.11', '3.12', '3.13']
+    assert sum('torch==2.6' in r['constraint'] for r in rows) == 1
+
+def test_quarto_sidebar_names_every_chapter():
+    yaml = pytest.importorskip('yaml')
+    site = yaml.safe_load((ROOT / 'nbs/_quarto.yml').read_text()); bar = (ROOT / 'nbs/sidebar.yml').read_text()
+    assert site['project']['type'] == 'website'
+    assert [p.name for p in CHAPTERS if p.name not in bar] == []
+
+def test_every_dependency_is_explained():
+    cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(ROOT / 'settings.ini')
+    d, text = cfg['DEFAULT'], (ROOT / 'CONTRIBUTING.md').read_text()
+    names = {re.split(r'[<>=\[]', w)[0] for k in d if k.endswith('requirements') for w in d[k].split()} - {'clipa_nb'}
+    assert [n for n in sorted(names) if n not in text] == []
+
+OPTIONAL = ('matplotlib', 'ipywidgets', 'IPython', 'jupyterlab', 'nbdev', 'fastcore', 'execnb', 'sklearn', 'datasets', 'huggingface_hub', 'timm', 'transformers', 'open_clip', 'torchvision', 'ftfy', 'nltk')
+
+def test_imports_without_any_extra():
+    "Every exported module but `viz` imports where only the run-time dependencies are installed."
+    code = f'''
+import sys, importlib
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {OPTIONAL!r}: raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Absent())
+for name in {[p.stem[3:] for p in CHAPTERS]!r}:
+    if name != 'viz': importlib.import_module('clipa_nb.' + name)
+from clipa_nb.core import UserError
+try: import clipa_nb.viz
+except UserError as e: assert "clipa_nb[demo]" in str(e), e
+else: raise SystemExit('viz imported without matplotlib')
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+def test_demo_without_its_extra_says_so():
+    code = '''
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'matplotlib': raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Absent())
+from clipa_nb.cli import main
+sys.exit(main(['demo', '--smoke']))
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'clipa_nb[demo]'" in done.stderr, done.stderr
+
+def test_results_are_rows():
+    "Recorded rows say who made them; there are no others."
+    for path in (ROOT / 'nbs/results').glob('*.jsonl'):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            assert {'git_sha', 'recipe', 'seed', 'hardware', 'torch', 'seconds', 'metrics'} <= set(row), (path.name, row)
