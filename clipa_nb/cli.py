@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LINES', 'Flags', 'COMMANDS', 'Options', 'n_workers', 'effective', 'claim', 'wait', 'open_data', 'open_tokenizer',
-           'trial_seconds', 'make_plan', 'plan_table', 'Run', 'quick_evals', 'train_stage', 'train_stages',
-           'stage_rows', 'evaluate', 'report_table', 'finish', 'draw_report', 'run', 'full_length', 'compare_run',
-           'demo', 'train', 'cost', 'recipes', 'eval_model', 'data', 'doctor', 'measure', 'export', 'import_model',
-           'stopped', 'main']
+           'trial_seconds', 'make_plan', 'plan_table', 'Run', 'quick_evals', 'begin_stage', 'Stopwatch', 'train_stage',
+           'train_stages', 'stage_rows', 'evaluate', 'headlines', 'shift_scores', 'report_table', 'finish',
+           'draw_report', 'run', 'full_length', 'compare_run', 'demo', 'train', 'cost', 'recipes', 'eval_model', 'data',
+           'doctor', 'measure', 'export', 'import_model', 'stopped', 'main']
 
 # %% ../nbs/19_cli.ipynb #c002
 import json, os, platform, signal, sys, time
@@ -25,7 +25,7 @@ from .pretrained import create_model_and_transforms, get_tokenizer, save_pretrai
 from .recipes import (RECIPES, Recipe, Stage, best_captions, changes, digit_set, recipe as recipe_named, smoke as smoke_twin, stage_model,
                               stage_plan, stage_text, stage_transform, toy_samples, toy_sets, toy_suite, train_config)
 from .tokenizer import load_tokenizer, train_wordpiece
-from .trainer import Checkpoints, Log, Stopped, Task, file_hash, fit, interrupts, pack, read_log, train_step, unpack, write_json
+from .trainer import Checkpoints, Log, Stopped, Task, file_hash, fit, interrupts, pack, read_log, run_evals, train_step, unpack, write_json
 
 # %% ../nbs/19_cli.ipynb #c005
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def open_data(
     wait(comm, device)
     return Shards(str(folder))
 
-# %% ../nbs/19_cli.ipynb #c019
+# %% ../nbs/19_cli.ipynb #c020
 def open_tokenizer(
     recipe: Recipe, # which tokenizer
     source, # the pairs a toy tokenizer is learnt from
@@ -145,7 +145,7 @@ def trial_seconds(
         start = time.perf_counter(); float(train_step(task, task, batch, optimizer, step, cfg)['loss']); spent.append(time.perf_counter() - start)
     return sorted(spent[1:])[steps // 2]
 
-# %% ../nbs/19_cli.ipynb #c025
+# %% ../nbs/19_cli.ipynb #c026
 def make_plan(
     recipe: Recipe, # the run
     options: Options, # seed, device, precision
@@ -173,7 +173,7 @@ def plan_table(
     head = f"{plan['recipe']['name']}, seed {plan['seed']}, {plan['device']}, {plan['precision']}, {plan['ranks']} process{'es' if plan['ranks'] > 1 else ''}"
     return '\n'.join([head] + ['  ' + '  '.join(f'{str(c):>{w}s}' if i else f'{c:<{w}s}' for i, (c, w) in enumerate(zip(row, widths))) for row in rows])
 
-# %% ../nbs/19_cli.ipynb #c028
+# %% ../nbs/19_cli.ipynb #c029
 class Run:
     "What the stages of one run share."
     def __init__(self,
@@ -203,7 +203,7 @@ class Run:
         torch.manual_seed(seed_of(self.options.seed, 'init'))
         return build_clip(stage_model(self.recipe, i)).to(self.device)
 
-# %% ../nbs/19_cli.ipynb #c031
+# %% ../nbs/19_cli.ipynb #c032
 def quick_evals(
     run: Run, # whose world
     i: int, # which stage's image size
@@ -212,9 +212,39 @@ def quick_evals(
     if run.recipe.data.kind != 'toy': return {}
     few = 1 if run.options.smoke else 2
     sets = toy_sets(run.recipe.data.name, run.recipe.stages[i].image_size, run.options.seed, n_class=few, n_pairs=100 * few, shifts=())
-    return {'toy': lambda model, comm=LOCAL: toy_suite(model, run.tokenizer, sets, comm=comm)}
+    return {'toy': lambda model, comm=LOCAL: toy_suite(model, run.tokenizer, sets, templates=['a photo of a {}'], comm=comm)}
 
-# %% ../nbs/19_cli.ipynb #c034
+# %% ../nbs/19_cli.ipynb #c035
+def begin_stage(
+    run: Run, # the run
+    i: int, # which stage
+    weights: dict = None, # of the stage before
+    restored: tuple = None, # a checkpoint of this stage: (tensors, state)
+) -> tuple: # (task, optimizer, steps done)
+    "The task and the optimiser of a stage, where they stand."
+    stage, model = run.recipe.stages[i], run.model(i)
+    if weights: load_weights(model, weights)
+    optimizer = make_optimizer(model, lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2), eps=stage.eps, rules=tuple((p, 'frozen') for p in stage.frozen))
+    if restored: unpack(restored[0], model, optimizer); run.tally = restored[1]['tally']
+    return Task(model.train(), Contrastive(chunk='auto')), optimizer, restored[1]['stage_step'] if restored else 0
+
+# %% ../nbs/19_cli.ipynb #c038
+class Stopwatch:
+    "Wall and CPU seconds of this process, with pauses."
+    def __init__(self, seconds: float = 0., cpu_seconds: float = 0.): self.total, self.mark = [seconds, cpu_seconds], self.now()
+    def now(self): return [time.perf_counter(), time.process_time()]
+    def read(self) -> dict:
+        self.total = [t + n - m for t, n, m in zip(self.total, self.now(), self.mark)]; self.mark = self.now()
+        return dict(zip(('seconds', 'cpu_seconds'), self.total))
+
+    def without(self, f):
+        "A function that does what `f` does while the watch stands still."
+        def paused(*args, **kw):
+            self.read(); out = f(*args, **kw); self.mark = self.now()
+            return out
+        return paused
+
+# %% ../nbs/19_cli.ipynb #c041
 def train_stage(
     run: Run, # the run
     i: int, # which stage
@@ -224,29 +254,26 @@ def train_stage(
 ): # the trained model
     "Train one stage, from its beginning or from a checkpoint."
     stage, options, comm = run.recipe.stages[i], run.options, run.comm
-    model = run.model(i)
-    if weights: load_weights(model, weights)
-    task, start = Task(model.train(), Contrastive(chunk='auto')), restored[1]['stage_step'] if restored else 0
-    optimizer = make_optimizer(model, lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2), eps=stage.eps, rules=tuple((p, 'frozen') for p in stage.frozen))
-    if restored: unpack(restored[0], model, optimizer); run.tally = restored[1]['tally']
+    task, optimizer, start = begin_stage(run, i, weights, restored)
+    model, watch, earlier = task.model, Stopwatch(**run.tally[i]), run.recipe.stages[:i]
     cfg = train_config(stage, run.precision, comm.size, options.batch_size or None, log_every=max(1, min(20, stage.steps // 10)),
-                       save_every=options.checkpoint_steps or max(1, stage.steps // 10), eval_every=max(1, stage.steps // 4))
-    first, evals = run.before(i), quick_evals(run, i)
+                       save_every=options.checkpoint_steps or max(1, stage.steps // 10), eval_every=stage.steps // (1 if options.smoke else 4) or 1)
+    first, seen, evals = run.before(i), sum(s.steps * s.batch_size for s in earlier), {k: watch.without(f) for k, f in quick_evals(run, i).items()}
     log = Log(run.out / 'metrics.jsonl', first + start) if comm.rank == 0 else (lambda **row: None)
-    record = lambda step, **row: log(step=first + step, stage=stage.name, samples=step * stage.batch_size, **row)
-    if i and not start: record(0, **{k: v for f in evals.values() for k, v in f(model, comm=comm).items()}); model.train()
-    clock = [time.perf_counter(), time.process_time()]
+    def record(step, **row):
+        spent = {k: round(v + sum(t[k] for t in run.tally[:i]), 2) for k, v in watch.read().items()}
+        log(step=first + step, stage=stage.name, samples=seen + step * stage.batch_size, **row, **spent)
     def save(step):
-        now = [time.perf_counter(), time.process_time()]
-        run.tally[i] = {k: run.tally[i][k] + n - c for k, n, c in zip(run.tally[i], now, clock)}; clock[:] = now
+        run.tally[i] = watch.read()
         if comm.rank == 0: run.checkpoints.save(first + step, pack(model, optimizer), dict(stage=i, stage_step=step, tally=run.tally))
+    if i and not start: record(0, **run_evals(evals, model, comm))
     data = loader(run.batches(i), start, cfg.steps, n_workers(options.workers, comm.size), run.device)
     with tqdm(total=cfg.steps, initial=start, desc=stage.name, unit='step', disable=None if comm.rank == 0 else True) as bar:
         tell = lambda n, row: (bar.update(n), row and bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {row['train/samples_per_second']:,.0f} pairs/s"))
         fit(comm.wrap(task), task, data, optimizer, cfg, options.seed, start, comm, record, save, tell, got, evals, check=lambda: same_gradients(model, comm))
     return model
 
-# %% ../nbs/19_cli.ipynb #c037
+# %% ../nbs/19_cli.ipynb #c044
 def train_stages(
     run: Run, # the run
     got=(), # signals
@@ -259,7 +286,7 @@ def train_stages(
         weights = model.state_dict()
     return model
 
-# %% ../nbs/19_cli.ipynb #c040
+# %% ../nbs/19_cli.ipynb #c047
 def stage_rows(
     run: Run, # after training
 ) -> list: # a dict for each stage
@@ -288,28 +315,41 @@ def evaluate(
     except UserError: digits = None
     return toy_suite(model, tokenizer, sets, digits, comm=comm), best_captions(model, tokenizer, sets['pairs'])
 
-# %% ../nbs/19_cli.ipynb #c043
-LINES = (('colour and shape, pairs seen in training', 'val/seen-zeroshot-val-top1', 1 / 144), ('colour and shape, held-out pairs', 'val/heldout-zeroshot-val-top1', 1 / 144),
-         ('shape alone', 'val/shape-zeroshot-val-top1', 1 / 12), ('colour alone', 'val/colour-zeroshot-val-top1', 1 / 12),
-         ('image → text R@1', 'val/image_to_text_R@1', 1e-3), ('image → text R@5', 'val/image_to_text_R@5', 5e-3),
-         ('text → image R@1', 'val/text_to_image_R@1', 1e-3), ('text → image R@5', 'val/text_to_image_R@5', 5e-3),
-         ('handwritten digits (real pictures)', 'val/digits-zeroshot-val-top1', 1 / 10))
+# %% ../nbs/19_cli.ipynb #c050
+LINES = (('colour and shape, pairs seen in training', 'val/seen-zeroshot-val-top1', 144), ('colour and shape, held-out pairs', 'val/heldout-zeroshot-val-top1', 144),
+         ('shape alone', 'val/shape-zeroshot-val-top1', 12), ('colour alone', 'val/colour-zeroshot-val-top1', 12), ('image → text R@1', 'val/image_to_text_R@1', 1),
+         ('image → text R@5', 'val/image_to_text_R@5', 5), ('text → image R@1', 'val/text_to_image_R@1', 1), ('text → image R@5', 'val/text_to_image_R@5', 5),
+         ('digits drawn in the fonts of training', 'val/glyphs-zeroshot-val-top1', 10), ('handwritten digits (real pictures)', 'val/digits-zeroshot-val-top1', 10))
 
+def headlines(
+    metrics: dict, # from `toy_suite`
+) -> list: # (label, score, chance), both 0–1
+    "The scores a person reads first."
+    chance = lambda key, n: n / metrics['val/pairs'] if 'R@' in key else 1 / n
+    return [(label, metrics[key], chance(key, n)) for label, key, n in LINES if key in metrics]
+
+def shift_scores(
+    metrics: dict, # from `toy_suite`
+) -> dict: # name of the shift → top-1
+    "Accuracy under each named shift."
+    return {k[10:].split('-zeroshot')[0]: v for k, v in metrics.items() if k.startswith('val/shift-') and k.endswith('top1')}
+
+# %% ../nbs/19_cli.ipynb #c053
 def report_table(
     report: dict, # from `run`
 ) -> str: # lines of text
     "The report as a person reads it."
-    m, other = report['metrics'], (report.get('compare') or {}).get('metrics')
-    lines = [f"{report['recipe']}, seed {report['seed']}, {report['device']}, {report['precision']}", f"  {'':44s} {'':>7s} {'chance':>7s}" + (' full length' if other else '')]
-    for label, key, chance in LINES:
-        if key in m: lines.append(f'  {label:44s} {m[key]:7.1%} {chance:7.1%}' + (f' {other[key]:11.1%}' if other else ''))
-    for key, v in m.items():
-        if key.startswith('val/shift-') and key.endswith('top1'): lines.append(f"  {'seen pairs, ' + key[10:].split('-zeroshot')[0]:44s} {v:7.1%} {1 / 144:7.1%}" + (f' {other[key]:11.1%}' if other else ''))
-    for s in report['stages']:
+    m, other = report['metrics'], (report.get('compare') or {}).get('metrics', {})
+    rows = headlines(m) + [(f"{'drawn digits' if k == 'fonts' else 'seen pairs'}, {k}", v, 0.1 if k == 'fonts' else 1 / 144) for k, v in shift_scores(m).items()]
+    theirs = dict([(l, v) for l, v, _ in headlines(other)] + [(f"{'drawn digits' if k == 'fonts' else 'seen pairs'}, {k}", v) for k, v in shift_scores(other).items()])
+    lines = [f"{report['recipe']}, seed {report['seed']}, {report['device']}, {report['precision']}"]
+    if rows: lines.append(f"  {'':44s} {'':>7s} {'chance':>7s}" + (' full length' if other else ''))
+    for label, v, chance in rows: lines.append(f'  {label:44s} {v:7.1%} {chance:7.1%}' + (f' {theirs[label]:11.1%}' if label in theirs else ''))
+    for s in report['stages'] + (report.get('compare') or {}).get('stages', []):
         lines.append(f"  stage {s['name']}: {s['samples']:,} pairs, {s['tokens']:,} tokens, {s['seconds']:.0f} s ({s['cpu_seconds']:.0f} CPU-s), {s['samples_per_second']:,.0f} pairs/s")
     return '\n'.join(lines)
 
-# %% ../nbs/19_cli.ipynb #c046
+# %% ../nbs/19_cli.ipynb #c056
 def finish(
     run: Run, # after training
     model, # the trained model
@@ -333,14 +373,13 @@ def draw_report(report: dict, examples: list, out: Path, compare: dict = None):
     "Write report.png, or say which extra is missing."
     try: viz = need('clipa_nb.viz', 'demo', 'report.png')
     except UserError as e: return print(e, file=sys.stderr)
-    named = lambda metrics: {label: metrics[key] for label, key, _ in LINES if key in metrics}
-    shifts = {k[10:].split('-zeroshot')[0]: v for k, v in report['metrics'].items() if k.startswith('val/shift-') and k.endswith('top1')}
+    named = lambda metrics: {label: score for label, score, _ in headlines(metrics)}
     curves = {key: label for label, key, _ in LINES[:3] + LINES[4:5]}
-    rows = [{'val/' + curves[k] if k in curves else k: v for k, v in r.items() if k in curves or not k.startswith('val/')} for r in read_log(out / 'metrics.jsonl')]
-    viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts=shifts, history=rows, examples=examples,
-                            compare=compare and named(compare['metrics']), chance={label: c for label, _, c in LINES}), out / 'report.png')
+    rows = [{curves.get(k, k) if k[:4] != 'val/' else 'val/' + curves[k]: v for k, v in r.items() if k[:4] != 'val/' or k in curves} for r in read_log(out / 'metrics.jsonl')]
+    viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts=shift_scores(report['metrics']), history=rows, examples=examples,
+                            compare=compare and named(compare['metrics']), chance={label: c for label, _, c in headlines(report['metrics'])}), out / 'report.png')
 
-# %% ../nbs/19_cli.ipynb #c049
+# %% ../nbs/19_cli.ipynb #c059
 def run(
     recipe: Recipe, # which recipe
     options: Options = Options(), # where and how
@@ -366,7 +405,7 @@ def run(
     say(f'{report_table(report)}\nwritten to {out}')
     return report
 
-# %% ../nbs/19_cli.ipynb #c052
+# %% ../nbs/19_cli.ipynb #c062
 def full_length(
     recipe: Recipe, # a run of several stages
     samples: int, # pairs it may see
@@ -393,7 +432,7 @@ def compare_run(
     recipe = full_length(this.recipe, steps * this.recipe.stages[-1].batch_size)
     return run(recipe, this.options.replace(out=str(folder / 'run'), smoke=False, max_steps=0, compare=False), this.comm)
 
-# %% ../nbs/19_cli.ipynb #c055
+# %% ../nbs/19_cli.ipynb #c065
 import tyro
 from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional
@@ -424,7 +463,7 @@ def recipes():
     "List the recipes."
     for name, r in RECIPES.items(): print(f'{name:24s}', ' → '.join(f'{s.image_size} px, {s.context_length} tokens, {s.samples / 1e6:,.1f} M pairs' for s in r.stages))
 
-# %% ../nbs/19_cli.ipynb #c058
+# %% ../nbs/19_cli.ipynb #c068
 def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: str = 'auto', out: str = '', debug: bool = False):
     "Evaluate a saved model; prints one table and, with --out, writes one JSON file."
     folder = Path(model)
@@ -437,7 +476,7 @@ def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: st
     if out: write_json(Path(out), report)
     return report
 
-# %% ../nbs/19_cli.ipynb #c061
+# %% ../nbs/19_cli.ipynb #c071
 def data(action: Positional[Literal['make', 'check']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
     "Make toy shards in a folder, or read shards through and count what is wrong with them."
     from clipa_nb.recipes import Data
@@ -474,7 +513,7 @@ def measure(this: Run, stage: Stage) -> dict:
     if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), b)
     return out
 
-# %% ../nbs/19_cli.ipynb #c064
+# %% ../nbs/19_cli.ipynb #c074
 def export(model: Positional[str], out: Positional[str], debug: bool = False):
     "Write a model in the layout that open_clip and the Hub read."
     name = f'local-dir:{model}' if Path(model).is_dir() else model
@@ -485,7 +524,7 @@ def import_model(model: Positional[str], out: Positional[str], debug: bool = Fal
     "Read an open_clip or Hugging Face model (`local-dir:PATH`, `hf-hub:ORG/NAME`) and write it in this package's layout."
     export(model if ':' in model else f'local-dir:{model}', out)
 
-# %% ../nbs/19_cli.ipynb #c067
+# %% ../nbs/19_cli.ipynb #c077
 COMMANDS = {'demo': demo, 'train': train, 'eval': eval_model, 'cost': cost, 'recipes': recipes, 'data': data, 'doctor': doctor, 'export': export, 'import': import_model}
 
 def stopped(e: Stopped, argv: list) -> int: # the exit code
@@ -510,5 +549,5 @@ def main(
     finally: disconnect()
     return 0
 
-# %% ../nbs/19_cli.ipynb #c070
+# %% ../nbs/19_cli.ipynb #c080
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

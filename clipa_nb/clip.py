@@ -19,7 +19,7 @@ from .core import Config, UserError, unknown
 from .cost import SIZES, Tower
 from .patch_embedding import LearnedPositions, PatchEmbed, SinCos, resize_positions
 from .token_dropping import TokenDrop
-from .transformer import Encoder, causal_mask, init_encoder, pad_mask, xavier_
+from .transformer import Encoder, causal_mask, init_encoder, pad_mask
 
 # %% ../nbs/09_clip.ipynb #c007
 class Out(Mapping):
@@ -252,7 +252,7 @@ def _lecun(w):
 CLIP_INITS = dict(
     jax=('jax', 'jax_text', _lecun, 0.),
     open_clip=('open_clip', 'open_clip_text', lambda w: nn.init.uniform_(w, -w[0].numel()**-0.5, w[0].numel()**-0.5), 1.),
-    small=('small', 'small', lambda w: xavier_(w.flatten(1), gain=3**0.5), 0.),
+    small=('small', 'small', _lecun, 0.),
 )
 
 # %% ../nbs/09_clip.ipynb #c045

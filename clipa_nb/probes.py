@@ -9,14 +9,13 @@ __all__ = ['FIELDS', 'FITS', 'NORMAL', 'TRANSFORMS', 'own_features', 'all_rows',
            'effective_robustness']
 
 # %% ../nbs/16_probes.ipynb #c002
-import math
 import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import LOCAL, UserError, generator, unknown
-from .zero_shot import evaluating, share, together, zero_shot
+from .zero_shot import evaluating, linear, share, together, zero_shot
 
-# %% ../nbs/16_probes.ipynb #c003
+# %% ../nbs/16_probes.ipynb #c012
 def own_features(
     model, # has `encode_image`, `encode_text` and `logit_scale`
     data, # as for `features`
@@ -35,7 +34,7 @@ def own_features(
         rows.append(row)
     return {k: torch.cat([r[k] for r in rows]) for k in rows[0]} if rows else {}
 
-# %% ../nbs/16_probes.ipynb #c004
+# %% ../nbs/16_probes.ipynb #c015
 def all_rows(
     x_b, # this rank's rows; ranks may have different numbers of them, also none
     n_max: int, # the largest number of rows a rank has
@@ -45,7 +44,7 @@ def all_rows(
     pad = x_b.new_zeros((n_max - len(x_b), *x_b.shape[1:]))
     return comm.gather(torch.cat([x_b, pad]))
 
-# %% ../nbs/16_probes.ipynb #c005
+# %% ../nbs/16_probes.ipynb #c018
 FIELDS = ('image', 'text', 'label', 'key', 'batch')
 
 def features(
@@ -70,27 +69,29 @@ def features(
     order = mine.pop('batch').argsort(stable=True)
     return {k: v[order] for k, v in mine.items()}
 
-# %% ../nbs/16_probes.ipynb #c006
+# %% ../nbs/16_probes.ipynb #c021
 def rank_counts(
     query_nE, # unit rows
     target_nE, # unit rows; the right one of query i is target i, and every target with the same key
     key_n=None, # [n] integers: equal where captions mean the same; None: only partners are right
-    cells: int = 2**24, # entries of the similarity matrix that are held at once
+    tile: int = 1024, # side of the piece of the similarity matrix that is held at once
     comm=LOCAL, # ranks share the rows
 ) -> torch.Tensor: # int64 [n] on the CPU: how many queries have 0, 1, 2 … wrong targets that score no less than their best right one
     "The histogram of ranks; ties and NaN count against the model."
-    n = len(query_nE); step = max(1, min(n, cells // n))
+    n = len(query_nE)
     key_n = torch.arange(n, device=query_nE.device) if key_n is None else key_n
-    total = torch.zeros(n, dtype=torch.int64, device=query_nE.device)
+    total_n = torch.zeros(n, dtype=torch.int64, device=query_nE.device)
+    def pieces(i):
+        for j in range(0, n, tile): yield query_nE[i:i + tile] @ target_nE[j:j + tile].T, key_n[i:i + tile, None] == key_n[j:j + tile]
     with torch.no_grad():
-        for i in range(comm.rank * step, n, comm.size * step):
-            s_cn = query_nE[i:i + step] @ target_nE.T
-            right_cn = key_n[i:i + step, None] == key_n[None]
-            best_c1 = s_cn.masked_fill(~right_cn, -torch.inf).amax(1, keepdim=True)
-            total += torch.bincount((~(s_cn < best_c1) & ~right_cn).sum(1), minlength=n)
-    return comm.all_sum(total.cpu())
+        for i in range(comm.rank * tile, n, comm.size * tile):
+            best_c, wrong_c = query_nE.new_full((len(query_nE[i:i + tile]),), -torch.inf), 0
+            for s_cd, right_cd in pieces(i): best_c = torch.maximum(best_c, s_cd.masked_fill(~right_cd, -torch.inf).amax(1))
+            for s_cd, right_cd in pieces(i): wrong_c = wrong_c + (~(s_cd < best_c[:, None]) & ~right_cd).sum(1)
+            total_n += torch.bincount(wrong_c, minlength=n)
+    return comm.all_sum(total_n.cpu())
 
-# %% ../nbs/16_probes.ipynb #c007
+# %% ../nbs/16_probes.ipynb #c024
 def recall(
     counts_n, # from `rank_counts`
     ks=(1, 5), # which recalls
@@ -102,13 +103,13 @@ def recall(
     mean = float((counts_n * torch.arange(1, len(counts_n) + 1)).sum()) / n
     return dict(out, mean_rank=mean, median_rank=float(torch.searchsorted(below, (n + 1) // 2)) + 1)
 
-# %% ../nbs/16_probes.ipynb #c008
+# %% ../nbs/16_probes.ipynb #c027
 def retrieval(
     model, # has `encode_image`, `encode_text` and `logit_scale`
     data, # batches of {'image', 'text'}, row by row partners; optional 'key': equal keys are equally right
     ks=(1, 5), # which recalls; raises `UserError` above the number of pairs
     comm=LOCAL, # ranks share the batches and the rows
-    cells: int = 2**24, # entries of the similarity matrix held at once
+    tile: int = 1024, # side of the piece of the similarity matrix held at once
 ) -> dict: # 'image_to_text_R@1', 'text_to_image_R@1', …, '…_mean_rank', '…_median_rank', 'n'
     "Find the partner among all, both ways."
     f = features(model, data, comm)
@@ -116,11 +117,11 @@ def retrieval(
     if bad := [k for k in ks if not 1 <= k <= len(f['image'])]: raise UserError(f"R@{bad[0]} among {len(f['image'])} pairs: k is between 1 and their number")
     out = {}
     for name, a, b in (('image_to_text', 'image', 'text'), ('text_to_image', 'text', 'image')):
-        got = recall(rank_counts(f[a], f[b], f.get('key'), cells, comm), ks)
+        got = recall(rank_counts(f[a], f[b], f.get('key'), tile, comm), ks)
         out.update({f'{name}_{k}': v for k, v in got.items()})
     return dict(out, n=float(len(f['image'])))
 
-# %% ../nbs/16_probes.ipynb #c009
+# %% ../nbs/16_probes.ipynb #c033
 def standardised(
     x_nE, # features
 ) -> tuple: # (features of mean 0 and variance 1, mean, deviation)
@@ -128,17 +129,15 @@ def standardised(
     mean_E, std_E = x_nE.mean(0), x_nE.std(0, correction=0).clamp_min(1e-6)
     return (x_nE - mean_E) / std_E, mean_E, std_E
 
+# %% ../nbs/16_probes.ipynb #c036
 def as_linear(
     w_ME, b_M, # a classifier of standardised features
     mean_E, std_E, # from `standardised`
 ) -> nn.Linear: # the same classifier of the features themselves
     "Fold the standardisation into the weights."
-    head = nn.Linear(w_ME.shape[1], w_ME.shape[0], device='meta')
-    head.weight = nn.Parameter(w_ME / std_E)
-    head.bias = nn.Parameter(b_M - (w_ME / std_E) @ mean_E)
-    return head
+    return linear(w_ME / std_E, b_M - (w_ME / std_E) @ mean_E)
 
-# %% ../nbs/16_probes.ipynb #c010
+# %% ../nbs/16_probes.ipynb #c039
 def fit_ridge(
     x_nE, # features
     y_n, # labels 0…M−1
@@ -153,7 +152,7 @@ def fit_ridge(
     w_EM = torch.linalg.solve(gram_EE, x_nE.T @ (t_nM - b_M) / len(x_nE))
     return as_linear(w_EM.T, b_M, mean_E, std_E)
 
-# %% ../nbs/16_probes.ipynb #c011
+# %% ../nbs/16_probes.ipynb #c042
 def minimise(
     loss, # () → tensor, of the parameters
     params: list, # leaves
@@ -167,7 +166,7 @@ def minimise(
         return value
     with torch.enable_grad(): optimizer.step(closure)
 
-# %% ../nbs/16_probes.ipynb #c012
+# %% ../nbs/16_probes.ipynb #c045
 def fit_logistic(
     x_nE, # features
     y_n, # labels 0…M−1
@@ -181,7 +180,7 @@ def fit_logistic(
     minimise(lambda: F.cross_entropy(x_nE @ w_ME.T + b_M, y_n) + l2 / 2 * w_ME.square().sum(), [w_ME, b_M], steps)
     return as_linear(w_ME.detach(), b_M.detach(), mean_E, std_E)
 
-# %% ../nbs/16_probes.ipynb #c013
+# %% ../nbs/16_probes.ipynb #c048
 def labelled_features(
     model, data, comm=LOCAL, # as for `features`
     classes: int = None, # labels must be below it
@@ -193,11 +192,16 @@ def labelled_features(
     if low < 0 or (classes is not None and high >= classes): raise UserError(f'labels from {low} to {high}: expected 0 to {"M − 1" if classes is None else classes - 1}')
     return f['image'], f['label']
 
-def top1(head, x_nE, y_n) -> float:
+# %% ../nbs/16_probes.ipynb #c051
+def top1(
+    head, # features → scores
+    x_nE, # features
+    y_n, # labels
+) -> float:
     "Share of features that a head classifies rightly."
     with torch.no_grad(): return int((head(x_nE).argmax(1) == y_n).sum()) / len(y_n)
 
-# %% ../nbs/16_probes.ipynb #c014
+# %% ../nbs/16_probes.ipynb #c054
 FITS = dict(logistic=fit_logistic, ridge=fit_ridge)
 
 def linear_probe(
@@ -216,7 +220,7 @@ def linear_probe(
     head = FITS[fit](x_nE, y_n, M, l2)
     return dict(top1=top1(head, u_nE, v_n), train_top1=top1(head, x_nE, y_n), n=float(len(y_n)))
 
-# %% ../nbs/16_probes.ipynb #c015
+# %% ../nbs/16_probes.ipynb #c059
 def draw_shots(
     y_n, # labels
     k: int, # images of each class; raises `UserError` where a class has fewer
@@ -230,7 +234,7 @@ def draw_shots(
     starts_M = counts_M.cumsum(0) - counts_M
     return order_n[(starts_M[:, None] + torch.arange(k, device=y_n.device)).flatten()]
 
-# %% ../nbs/16_probes.ipynb #c016
+# %% ../nbs/16_probes.ipynb #c062
 def fit_from(
     head: nn.Linear, # where to start and what to stay near
     x_nE, # features of the shots
@@ -242,11 +246,9 @@ def fit_from(
     "Logistic regression that is pulled to a given head instead of to zero."
     start_ME = head.weight.detach(); w_ME = start_ME.clone().requires_grad_()
     minimise(lambda: F.cross_entropy(scale * x_nE @ w_ME.T, y_n) + l2 / 2 * (w_ME - start_ME).square().sum(), [w_ME], steps)
-    new = nn.Linear(*start_ME.T.shape, bias=False, device='meta')
-    new.weight = nn.Parameter(w_ME.detach())
-    return new
+    return linear(w_ME.detach())
 
-# %% ../nbs/16_probes.ipynb #c017
+# %% ../nbs/16_probes.ipynb #c065
 def few_shot(
     model, # has `encode_image` and `logit_scale`
     train, # batches of {'image', 'label'} to draw the shots from
@@ -261,8 +263,8 @@ def few_shot(
     x_nE, y_n = labelled_features(model, train, comm, head.out_features if head is not None else None)
     M = head.out_features if head is not None else int(y_n.max()) + 1
     u_nE, v_n = labelled_features(model, test, comm, M)
-    if head is None: head = nn.Linear(x_nE.shape[1], M, bias=False, device=x_nE.device); nn.init.zeros_(head.weight)
-    scale, out = float(model.logit_scale.exp()), {}
+    if head is None: head = linear(x_nE.new_zeros(M, x_nE.shape[1]))
+    scale, out = model.logit_scale.detach().exp().item(), {}
     for k in shots:
         got = []
         for seed in seeds if k else seeds[:1]:
@@ -271,7 +273,7 @@ def few_shot(
         out[f'{k}-shot_top1'] = sum(got) / len(got)
     return out
 
-# %% ../nbs/16_probes.ipynb #c018
+# %% ../nbs/16_probes.ipynb #c072
 def robustness(
     model, # as for `zero_shot`
     shifts: dict, # {name: data}; 'clean', where there is one, is what the others are compared with
@@ -285,7 +287,7 @@ def robustness(
     out = {f'{k}_top1': v for k, v in top.items()} | dict(average_top1=sum(moved) / len(moved))
     return out | (dict(drop=top['clean'] - out['average_top1']) if 'clean' in top else {})
 
-# %% ../nbs/16_probes.ipynb #c019
+# %% ../nbs/16_probes.ipynb #c075
 NORMAL = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
 TRANSFORMS = {None: (lambda t: t, lambda t: t), 'log': (torch.log, torch.exp), 'logit': (torch.logit, torch.sigmoid), 'probit': (NORMAL.icdf, NORMAL.cdf)}
 
@@ -297,6 +299,7 @@ def _transformed(values, transform):
     if not bool(inside.all()): raise UserError(f"{float(t[~inside][0]):g} has no finite {transform or 'value'}: leave such points out, or measure them on more samples")
     return TRANSFORMS[transform][0](t)
 
+# %% ../nbs/16_probes.ipynb #c078
 def fit_line(
     x, # numbers
     y, # as many
@@ -311,6 +314,7 @@ def fit_line(
     r2 = 1. if float(dy.square().sum()) == 0 else float(1 - rest / dy.square().sum())
     return float(slope), float(y.mean() - slope * x.mean()), r2
 
+# %% ../nbs/16_probes.ipynb #c081
 def line_at(
     line: tuple, # from `fit_line`
     x, # numbers
@@ -319,6 +323,7 @@ def line_at(
     "Read a fitted line."
     return TRANSFORMS[transform][1](line[0] * _transformed(x, transform) + line[1]).tolist()
 
+# %% ../nbs/16_probes.ipynb #c084
 def effective_robustness(
     clean, # accuracies on the ordinary test set
     shifted, # accuracies under a shift

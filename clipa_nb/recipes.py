@@ -241,7 +241,11 @@ def toy_sets(
     for split in ('seen', 'heldout'):
         part, label = class_scenes(w, seed + 1, split, n_class)
         out[split] = dict(image=render(part, size), label=torch.as_tensor(label))
-        if split == 'seen': out['shifts'] = {k: dict(image=render(part[::2], size, shift=k), label=torch.as_tensor(label[::2])) for k in (SHIFTS if shifts is None else shifts)}
+        if split == 'seen': out['shifts'] = {k: dict(image=render(part[::2], size, shift=k), label=torch.as_tensor(label[::2])) for k in (SHIFTS if shifts is None else shifts) if k != 'fonts'}
+    if w.glyphs:
+        part, label = class_scenes(w, seed + 1, 'digits', 5 * n_class)
+        out['drawn'] = dict(image=render(part, size), label=torch.as_tensor(label))
+        if shifts is None: out['fonts'] = dict(image=render(part, size, shift='fonts'), label=torch.as_tensor(label))
     pool = scenes(w, seed + 1, range(4 * n_pairs), 'val')
     text = caption_text(pool)
     first = np.sort(np.unique(keys(pool), return_index=True)[1])[:n_pairs]
@@ -273,7 +277,8 @@ def toy_questions(
     out = {'seen': (sets['seen'], names), 'heldout': (sets['heldout'], names), 'shape': (to(lambda p: index[p[1]]), shapes[:len(index)]),
            'colour': (to(lambda p: colours.index(p[0])), class_names('colours'))}
     out.update({f'shift-{k}': (v, names) for k, v in sets['shifts'].items()})
-    if digits: out['digits'] = (digits, class_names('digits'))
+    drawn = {'glyphs': sets.get('drawn'), 'shift-fonts': sets.get('fonts'), 'digits': digits if 'drawn' in sets else None}
+    out.update({k: (v, class_names('digits')) for k, v in drawn.items() if v})
     return out
 
 # %% ../nbs/17_recipes.ipynb #c050
@@ -284,20 +289,20 @@ def toy_suite(
     sets: dict, # from `toy_sets`
     digits: dict = None, # from `digit_set`
     batch: int = 250, # pictures at a time
+    templates=None, # prompts; None: all of the toy world's
     comm=LOCAL, # ranks share the pictures
 ) -> dict: # 'val/seen-zeroshot-val-top1' … 'val/image_to_text_R@5', all in 0–1
     "All questions of the toy suite."
     from clipa_nb.toyworld import TEMPLATES
     model.eval(); out = {}
     for name, (data, names) in toy_questions(sets, digits).items():
-        head = text_head(model, tokenizer, names, TEMPLATES)
+        head = text_head(model, tokenizer, names, templates or TEMPLATES, classes_per_batch=None)
         got = zero_shot(model, batched(data['image'], data['label'], batch), head, ks=(1, 5), comm=comm)
         out.update({f'val/{name}-zeroshot-val-{k}': v for k, v in got.items() if k in ('top1', 'top5')})
     pairs, ids = sets['pairs'], tokenizer(sets['pairs']['text'], model.cfg.context_length)
     rows = [dict(image=pairs['image'][i:i + batch], text=ids[i:i + batch]) for i in range(0, len(ids), batch)]
     got = retrieval(model, rows, ks=(1, 5), comm=comm)
-    out.update({f'val/{k}': v for k, v in got.items() if 'R@' in k})
-    return out
+    return {**out, **{f'val/{k}': v for k, v in got.items() if 'R@' in k}, 'val/pairs': float(len(ids))}
 
 # %% ../nbs/17_recipes.ipynb #c055
 @torch.no_grad()

@@ -32,10 +32,15 @@ def _patches(grid, ratio):
 def _some(grid, ratio):
     "Tokens the random strategy keeps: the official rounding."
     n = _patches(grid, ratio); k = int(n * (1 - ratio))
-    if k < 1: raise UserError(f'dropping a share of {ratio} of {n} patches leaves none: use a ratio up to {math.floor(1000 * (1 - 1 / n)) / 1000} or a larger image')
+    if k < 1: raise UserError(f'dropping a share of {ratio} of {n} patches leaves none: use a ratio up to {max(0, math.ceil(1000 * (1 - 1 / n)) - 1) / 1000} or a larger image')
     return k
 
 # %% ../nbs/05_token_dropping.ipynb #c022
+def _chance(generator, device):
+    "Arguments of a draw, without a generator where it is the default one."
+    return dict(device=device) if generator is None else dict(device=device, generator=generator)
+
+# %% ../nbs/05_token_dropping.ipynb #c025
 def random_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -45,9 +50,9 @@ def random_ids(
 ) -> torch.Tensor: # int64 [b, int(N·(1 − ratio))], ascending; raises `UserError` where nothing is left
     "For each sample its own random patches, all subsets equally likely."
     k = _some(grid, ratio)
-    return torch.rand(b, grid[0] * grid[1], generator=generator, device=device).argsort(1)[:, :k].sort(1).values
+    return torch.rand(b, grid[0] * grid[1], **_chance(generator, device)).argsort(1)[:, :k].sort(1).values
 
-# %% ../nbs/05_token_dropping.ipynb #c025
+# %% ../nbs/05_token_dropping.ipynb #c028
 def _stride(grid, ratio):
     "Side s of the grid strategy's windows."
     _patches(grid, ratio); low = math.floor(1 / math.sqrt(1 - ratio) + 1e-9)
@@ -56,7 +61,7 @@ def _stride(grid, ratio):
     if grid[0] % s or grid[1] % s: raise UserError(f'found a grid of {grid[0]}×{grid[1]} patches, expected sides that are multiples of {s} for grid dropping at {ratio}: use another image size, or the random strategy')
     return s
 
-# %% ../nbs/05_token_dropping.ipynb #c028
+# %% ../nbs/05_token_dropping.ipynb #c031
 def grid_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -68,12 +73,12 @@ def grid_ids(
     "One patch of every s × s window, the same one in all windows of a sample."
     (h, w), s = grid, _stride(grid, ratio)
     lattice_K = (torch.arange(0, h, s, device=device)[:, None] * w + torch.arange(0, w, s, device=device)).flatten()
-    if corner is None: y_b1, x_b1 = torch.randint(s, (2, b, 1), generator=generator, device=device)
+    if corner is None: y_b1, x_b1 = torch.randint(s, (2, b, 1), **_chance(generator, device))
     elif 0 <= min(corner) <= max(corner) < s: y_b1, x_b1 = (torch.full((b, 1), c, device=device) for c in corner)
     else: raise UserError(f'found corner {corner}, expected a row and a column of a {s}×{s} window, from 0 to {s - 1}')
     return lattice_K + y_b1 * w + x_b1
 
-# %% ../nbs/05_token_dropping.ipynb #c031
+# %% ../nbs/05_token_dropping.ipynb #c034
 def _rectangle(grid, ratio):
     "Rows and columns the block strategy keeps."
     _patches(grid, ratio)
@@ -81,7 +86,7 @@ def _rectangle(grid, ratio):
     if min(kh, kw) < 1: raise UserError(f'found a grid of {grid[0]}×{grid[1]} patches and a ratio of {ratio}: a block of {kh}×{kw} leaves none, use a smaller ratio or a larger image')
     return kh, kw
 
-# %% ../nbs/05_token_dropping.ipynb #c034
+# %% ../nbs/05_token_dropping.ipynb #c037
 def block_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -92,12 +97,18 @@ def block_ids(
     "One rectangle of patches, anywhere it fits."
     (h, w), (kh, kw) = grid, _rectangle(grid, ratio)
     block_K = (torch.arange(kh, device=device)[:, None] * w + torch.arange(kw, device=device)).flatten()
-    y_b1, x_b1 = (torch.randint(n, (b, 1), generator=generator, device=device) for n in (h - kh + 1, w - kw + 1))
+    y_b1, x_b1 = (torch.randint(n, (b, 1), **_chance(generator, device)) for n in (h - kh + 1, w - kw + 1))
     return block_K + y_b1 * w + x_b1
 
-# %% ../nbs/05_token_dropping.ipynb #c037
-def no_ids(b, grid, ratio=0., generator=None, device=None):
-    "All patches of every sample; raises `UserError` for a ratio other than 0."
+# %% ../nbs/05_token_dropping.ipynb #c040
+def no_ids(
+    b: int, # samples
+    grid: tuple, # (h, w)
+    ratio: float = 0., # must be 0
+    generator=None, # never asked: nothing is left to chance
+    device=None, # where the ids are made
+) -> torch.Tensor: # int64 [b, N]; raises `UserError` for another ratio
+    "All patches of every sample."
     return torch.arange(_all(grid, ratio), device=device).expand(b, -1)
 
 def _all(grid, ratio):
@@ -106,7 +117,7 @@ def _all(grid, ratio):
 
 IMAGE_STRATEGIES = dict(none=no_ids, random=random_ids, grid=grid_ids, block=block_ids)
 
-# %% ../nbs/05_token_dropping.ipynb #c040
+# %% ../nbs/05_token_dropping.ipynb #c043
 _KEEPS = dict(none=_all, random=_some, grid=lambda grid, ratio: grid[0] * grid[1] // _stride(grid, ratio)**2,
               block=lambda grid, ratio: math.prod(_rectangle(grid, ratio)))
 
@@ -124,11 +135,15 @@ def n_keep(
     "How many patches a strategy keeps."
     return _KEEPS[_known(strategy)](grid, ratio)
 
-def true_ratio(strategy, grid, ratio):
+def true_ratio(
+    strategy: str, # a name in `IMAGE_STRATEGIES`
+    grid: tuple, # (h, w)
+    ratio: float, # share asked for
+) -> float: # share dropped; raises `UserError` as `n_keep` does
     "The share a strategy really drops, after rounding to whole patches."
     return 1 - n_keep(strategy, grid, ratio) / _patches(grid, ratio)
 
-# %% ../nbs/05_token_dropping.ipynb #c043
+# %% ../nbs/05_token_dropping.ipynb #c046
 def resize_for(
     tokens: int, # wanted number of patches, without class token
     patch: int, # pixels along a patch's side
@@ -138,7 +153,7 @@ def resize_for(
     side = max(1, math.isqrt(tokens))
     return patch * min((side, side + 1), key=lambda s: abs(s * s - tokens))
 
-# %% ../nbs/05_token_dropping.ipynb #c060
+# %% ../nbs/05_token_dropping.ipynb #c063
 class TokenDrop(nn.Module):
     "Drops image tokens while training; the identity otherwise."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Task', 'rng_state', 'set_rng_state', 'split', 'replay', 'forward_backward', 'TrainConfig', 'train_step', 'write_json',
            'file_hash', 'pack', 'unpack', 'Checkpoints', 'Log', 'read_log', 'Stopped', 'interrupts', 'agree_to_stop',
-           'Meter', 'check_finite', 'run_evals', 'fit']
+           'Meter', 'average', 'check_finite', 'run_evals', 'fit']
 
 # %% ../nbs/13_trainer.ipynb #c002
 import contextlib, hashlib, json, os, shutil, signal, threading, time, warnings
@@ -74,7 +74,7 @@ def replay(
         with contextlib.nullcontext() if last else comm.no_sync(wrapped):
             set_rng_state(states[i], n)
             with context(): feats = wrapped(part)
-            total = sum((feats[k].float() * g[starts[i]:starts[i + 1]]).sum() for k, g in grads.items())
+            total = sum((feats[k].to(g.dtype) * g[starts[i]:starts[i + 1]]).sum() for k, g in grads.items())
             if last: total = total + sum(0 * p.sum() for p in touched)
             total.backward()
 
@@ -95,7 +95,8 @@ def forward_backward(
     parts, states, cached, device = split(batch, chunks), [], [], next(iter(batch.values())).device
     with torch.no_grad(), comm.no_sync(wrapped), context():
         for part in parts: states.append(rng_state(device)); cached.append(wrapped(part))
-    feats = {k: torch.cat([c[k] for c in cached]).float().requires_grad_() for k in cached[0]}
+    joined = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
+    feats = {k: z.to(torch.promote_types(z.dtype, torch.float32)).requires_grad_() for k, z in joined.items()}
     with comm.no_sync(wrapped): out = task.loss(feats, batch, comm); out['loss'].backward()
     replay(wrapped, parts, states, {k: f.grad for k, f in feats.items()}, comm, context)
     return {k: v.detach() for k, v in out.items()}
@@ -279,6 +280,16 @@ class Meter:
         return row
 
 # %% ../nbs/13_trainer.ipynb #c052
+def average(
+    out: dict, # numbers of this rank, as tensors
+    comm=LOCAL, # ranks
+) -> dict: # their means over ranks
+    "The mean of each number over all ranks."
+    if comm.size == 1: return out
+    means = comm.all_sum(torch.stack([v.detach().float().reshape(()) for v in out.values()])) / comm.size
+    return dict(zip(out, means))
+
+# %% ../nbs/13_trainer.ipynb #c055
 def check_finite(
     row: dict, # one row of the log
     step: int, # for the message
@@ -287,7 +298,7 @@ def check_finite(
     bad = [k for k in ('train/loss', 'train/grad_norm') if not abs(row[k]) < float('inf')]
     if bad: raise RuntimeError(f"step {step}: {' and '.join(bad)} not finite (loss {row['train/loss']}, gradient norm {row['train/grad_norm']}): lower the learning rate or lengthen the warm-up")
 
-# %% ../nbs/13_trainer.ipynb #c055
+# %% ../nbs/13_trainer.ipynb #c058
 @torch.no_grad()
 def run_evals(
     evals: dict, # {name: f(model, comm=comm) -> dict of floats}
@@ -301,7 +312,7 @@ def run_evals(
     model.train(training)
     return row
 
-# %% ../nbs/13_trainer.ipynb #c058
+# %% ../nbs/13_trainer.ipynb #c061
 def fit(
     wrapped, # the task, or its wrapper
     task: Task, # the task
@@ -327,7 +338,7 @@ def fit(
         meter.samples += len(batch['image']) * comm.size; meter.steps += 1
         if step == start: check()
         if (step + 1) % cfg.log_every == 0 or last:
-            row = meter.row(out, optimizer.param_groups[0]['lr']); check_finite(row, step + 1); log(step=step + 1, **row)
+            row = meter.row(average(out, comm), optimizer.param_groups[0]['lr']); check_finite(row, step + 1); log(step=step + 1, **row)
         progress(1, row)
         if evals and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             log(step=step + 1, **run_evals(evals, task.model, comm)); meter = Meter()

@@ -158,10 +158,9 @@ class Encoder(nn.Module):
 def xavier_(
     w, # [out,in], or several such matrices stacked in the first axis
     stacked: int = 1, # how many
-    gain: float = 1., # multiplies the bound
 ):
     "Uniform with variance 2 / (in + out) of *one* of the stacked matrices, as flax draws it."
-    bound = gain * (6 / (w.shape[0] / stacked + w.shape[1])) ** 0.5
+    bound = (6 / (w.shape[0] / stacked + w.shape[1])) ** 0.5
     nn.init.uniform_(w, -bound, bound)
 
 def _weights(block): return block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
@@ -192,8 +191,8 @@ def _open_clip_text(block, width, depth):
     _normal(block, width, depth)
 
 def _small(block, width, depth):
-    _zero_biases(block)
-    for w, gain in zip(_weights(block), (3**0.5, 0., 1., 0.)): xavier_(w, gain=gain)
+    _jax(block, width, depth)
+    for w in _weights(block)[1::2]: nn.init.zeros_(w)
 
 # %% ../nbs/08_transformer.ipynb #c055
 INITS = dict(jax=_jax, jax_text=_jax_text, open_clip=_open_clip, open_clip_text=_open_clip_text, small=_small)

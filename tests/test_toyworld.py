@@ -1,0 +1,285 @@
+"The toy world: the same on every machine, split without leaks, truth that agrees with the pixels, errors that advise."
+import hashlib, os, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from clipa_nb.core import UserError
+from clipa_nb.toyworld import (COLOURS, LANGUAGES, SHAPE_NAMES, SHIFTS, WORLDS, World, boxes, caption_text, captions, class_names, class_scenes,
+                               glyph_masks, keys, labels, lexicon, masks, pairs, questions, render, scenes, shifted)
+
+ARRAYS = ('index', 'count', 'kind', 'colour', 'fill', 'font', 'x', 'y', 'half', 'angle', 'axis', 'ground', 'dark', 'level', 'slope')
+hues, DEMO = list(COLOURS), World() # the demo's world, without glyphs
+
+def digest(sc):
+    "One hash of specs and of captions in both languages."
+    h = hashlib.sha256()
+    for k in ARRAYS: h.update(np.ascontiguousarray(getattr(sc, k)).tobytes())
+    for lang in LANGUAGES: h.update('|'.join(caption_text(sc, lang)).encode())
+    return h.hexdigest()[:16]
+
+def shown(sc): return {(hues[c], SHAPE_NAMES[k]) for c, k in zip(sc.colour[sc.kind >= 0], sc.kind[sc.kind >= 0])}
+
+# --- the same everywhere, in any order ---
+
+GOLDEN = {}
+
+@pytest.mark.parametrize('name', WORLDS)
+def test_specs_and_captions_never_change(name):
+    w = DEMO if name == 'demo' else WORLDS[name]
+    assert digest(scenes(w, 0, range(300))) == GOLDEN[name], 'specs or captions of a seed changed: every recorded result is of another world'
+
+@pytest.mark.parametrize('name', WORLDS)
+def test_order_and_company_do_not_matter(name):
+    w, some = WORLDS[name], np.array([91, 3, 3, 250, 17]); whole = scenes(w, 2, range(300)); part = scenes(w, 2, some)
+    for k in ARRAYS: np.testing.assert_array_equal(getattr(whole[some], k), getattr(part, k))
+    assert caption_text(part) == [caption_text(whole)[i] for i in some]
+    assert [c for c in captions(part)] == [captions(whole)[i] for i in some]
+    assert questions(part) == [questions(whole)[i] for i in some]
+    np.testing.assert_array_equal(keys(part), keys(whole)[some])
+    worst = (render(part, 48).int() - render(whole, 48)[some].int()).abs().max()
+    assert worst <= 1
+
+def test_seeds_and_splits_differ():
+    w = WORLDS['demo']
+    assert len({digest(scenes(w, seed, range(50), split)) for seed in (0, 1) for split in ('train', 'val', 'heldout', 'unseen')}) == 8
+
+CODE = '''
+import sys, numpy as np, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_toyworld import *
+for name, size in (('demo', 64), ('rich', 64), ('glyphs', 37)):
+    sc = scenes(WORLDS[name], 4, range(64))
+    print(digest(sc))
+    np.save(f'{sys.argv[2]}/{name}.npy', np.concatenate([render(sc, size, shift=s).numpy() for s in (None, *SHIFTS)]))
+'''
+
+def test_pixels_within_one_level_on_an_older_processor(tmp_path):
+    said = {}
+    for capability in ('native', 'default'):
+        out = tmp_path / capability; out.mkdir(); env = {**os.environ, **({'ATEN_CPU_CAPABILITY': 'default'} if capability == 'default' else {})}
+        said[capability] = subprocess.run([sys.executable, '-c', CODE, str(Path(__file__).parent), str(out)], env=env, capture_output=True, text=True, check=True).stdout
+    assert said['native'] == said['default']
+    for name in ('demo', 'rich', 'glyphs'):
+        a, b = (np.load(tmp_path / c / f'{name}.npy').astype(int) for c in ('native', 'default'))
+        assert np.abs(a - b).max() <= 1, name
+        assert (a != b).mean() < 0.001
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA here')
+@pytest.mark.parametrize('shift', [None, *SHIFTS])
+def test_a_gpu_draws_the_same(shift):
+    for name in WORLDS:
+        sc = scenes(WORLDS[name], 4, range(64)); there = render(sc, 64, device='cuda', shift=shift)
+        assert there.device.type == 'cuda'
+        assert (there.cpu().int() - render(sc, 64, shift=shift).int()).abs().max() <= 1
+
+# --- splits ---
+
+def test_every_colour_and_shape_has_three_heldout_partners():
+    held = pairs('heldout')
+    assert (len(pairs('all')), len(pairs('seen')), len(held), len(pairs('unseen'))) == (144, 108, 36, 48)
+    assert [sum(c == hue for c, _ in held) for hue in hues] == [3] * 12
+    assert [sum(s == shape for _, s in held) for shape in SHAPE_NAMES[:12]] == [3] * 12
+    assert set(held) | set(pairs('seen')) == set(pairs('all')) and not set(held) & set(pairs('seen'))
+
+@pytest.mark.parametrize('split, allowed', [('train', 'seen'), ('val', 'seen'), ('heldout', 'heldout'), ('unseen', 'unseen')])
+def test_no_object_of_any_scene_leaves_its_split(split, allowed):
+    three = WORLDS['rich'].replace(n_objects=(0.2, 0.4, 0.4), glyphs=0.)
+    for w in (DEMO, three):
+        sc = scenes(w, 0, range(6000), split)
+        assert shown(sc) <= set(pairs(allowed))
+        assert set(np.unique(sc.count)) == set(range(1, len(w.n_objects) + 1))
+    assert shown(scenes(DEMO, 0, range(6000), split)) == set(pairs(allowed))
+
+@pytest.mark.parametrize('split', ['heldout', 'unseen'])
+def test_heldout_splits_show_no_glyphs(split): assert scenes(WORLDS['glyphs'], 0, range(200), split).kind.max() < len(SHAPE_NAMES)
+
+def test_no_training_caption_names_a_heldout_pair():
+    held = {f'{c} {s}' for c, s in pairs('heldout') + pairs('unseen')}
+    for text in caption_text(scenes(DEMO, 0, range(5000))):
+        words = text.split()
+        assert not held & {' '.join(p) for p in zip(words, words[1:])}
+
+def test_objects_of_a_scene_differ_and_lie_as_said():
+    sc = scenes(World(n_objects=(0., 0.5, 0.5)), 0, range(3000))
+    for i in range(3):
+        for j in range(i):
+            both = sc.count > i
+            assert ((sc.kind[:, i] != sc.kind[:, j]) | (sc.colour[:, i] != sc.colour[:, j]))[both].all()
+            assert (sc.x[:, j] < sc.x[:, i])[both & (sc.axis == 1)].all()
+            assert (sc.y[:, j] < sc.y[:, i])[both & (sc.axis == 2)].all()
+
+def test_the_demo_world_is_the_one_that_was_tried():
+    assert set(WORLDS['demo'].diff(DEMO)) <= {'glyphs'}
+    sc = scenes(DEMO, 0, range(20_000)); one, two = sc.count == 1, sc.count == 2
+    assert abs(one.mean() - 0.6) < 0.02 and (one | two).all()
+    assert 11 <= sc.half[one, 0].min() < 11.2 and 24.8 < sc.half[one, 0].max() <= 25
+    assert 10 <= sc.half[two].min() < 10.1 and 15.4 < sc.half[two].max() <= 15.5
+    assert np.abs(sc.x[one]).max() <= 4 and np.abs(sc.y[one]).max() <= 4 and np.abs(sc.angle).max() <= 20
+    assert abs(np.abs(sc.x[two & (sc.axis == 1)]).mean() - 16) < 0.2 and abs((sc.axis[two] == 1).mean() - 0.5) < 0.03
+    assert (sc.ground == 1).all() and (sc.fill[sc.kind >= 0] == 0).all() and abs(sc.dark.mean() - 0.5) < 0.02
+    text = caption_text(sc)
+    for t, c, k in zip(text, sc.colour, sc.kind): assert all(f'{hues[a]} {SHAPE_NAMES[b]}' in t for a, b in zip(c, k) if b >= 0)
+    share = lambda f, rows: np.mean([f(t) for t, r in zip(text, rows) if r])
+    assert abs(share(lambda t: any(w in t for w in (' left of ', ' right of ', ' above ', ' below ')), two) - 0.4) < 0.02
+    assert abs(share(lambda t: 'background' in t, one | two) - 0.2) < 0.02
+    assert abs(share(lambda t: any(w in t.split() for w in ('small', 'medium', 'large')), one) - 0.3) < 0.02
+
+# --- words ---
+
+@pytest.mark.parametrize('lang', LANGUAGES)
+@pytest.mark.parametrize('name', WORLDS)
+def test_words_are_the_text_and_every_word_has_its_one_tag(name, lang):
+    sc = scenes(WORLDS[name], 3, range(2000)); table = lexicon(lang); sep = ' ' if lang == 'en' else ''
+    for i, (cap, text) in enumerate(zip(captions(sc, lang), caption_text(sc, lang))):
+        assert cap.text == text == sep.join(w for w, *_ in cap.words)
+        assert all(table[w] == t for w, t, _ in cap.words)
+        assert {o for *_, o in cap.words} - {-1} == set(range(sc.count[i]))
+        if lang == 'en': assert 3 <= len(cap.words) <= 30
+
+def test_words_speak_of_the_object_they_belong_to():
+    sc = scenes(DEMO, 0, range(2000))
+    for i, cap in enumerate(captions(sc)):
+        for word, _, o in cap.words:
+            if word in COLOURS: assert hues[sc.colour[i, o]] == word
+            if word in SHAPE_NAMES: assert SHAPE_NAMES[sc.kind[i, o]] == word
+
+def test_relations_in_captions_are_true():
+    sc = scenes(World(say_relation=1., n_objects=(0., 1.)), 0, range(2000)); seen = set()
+    for i, cap in enumerate(captions(sc)):
+        order = list(dict.fromkeys(o for *_, o in cap.words if o >= 0)); a, b = order
+        said = next(w for w in ('left', 'right', 'above', 'below') if w in cap.text.split()); seen.add(said)
+        dx, dy = sc.x[i, b] - sc.x[i, a], sc.y[i, b] - sc.y[i, a]
+        assert dict(left=dx > 0, right=dx < 0, above=dy > 0, below=dy < 0)[said]
+    assert seen == {'left', 'right', 'above', 'below'}
+
+def test_keys_are_equal_exactly_where_meaning_is():
+    w = WORLDS['rich'].replace(n_objects=(0.5, 0.5), say_fill=0., say_place=0., say_size=0.2, say_ground=0., glyphs=0.3)
+    sc = scenes(w, 0, range(30_000)); k, text = keys(sc), caption_text(sc)
+    meanings = {}
+    for a, t in zip(k.tolist(), text): meanings.setdefault(t, set()).add(a)
+    assert max(map(len, meanings.values())) == 1                              # the same text always has the same key
+    np.testing.assert_array_equal(k, keys(sc, captions(sc)))
+    np.testing.assert_array_equal(k, keys(sc, captions(sc, 'zh')))            # in any language
+    plain = {}                                                               # canonical wording: what differs only in style has one key, and the other way round
+    calm = sc.replace(world=w.replace(opener=0., filler=0., synonyms=0., orders=0.))
+    np.testing.assert_array_equal(keys(calm), k)
+    def canonical(words):
+        objects = {}
+        for v, _, o in words: objects.setdefault(o, []).append(v)
+        rest = objects.pop(-1, []); related = [v for v in rest if v in ('left', 'right', 'above', 'below')]
+        phrases = [tuple(v) for _, v in sorted(objects.items())] if related else sorted(tuple(v) for v in objects.values())
+        axis = {'left': 'row', 'right': 'row', 'above': 'column', 'below': 'column'}[related[0]] if related else ''
+        return (tuple(phrases), axis, *[v for v in rest if v in ('dark', 'light')])
+    for cap in captions(calm): plain.setdefault(canonical([q for q in cap.words if q[0] not in ('this', 'is', 'there', 'photo', 'of')]), set()).add(cap.key)
+    assert max(map(len, plain.values())) == 1 and len(plain) == len(set(k.tolist()))
+
+def test_takes_are_other_captions_of_the_same_scene():
+    sc = scenes(WORLDS['rich'], 0, range(500)); a, b = caption_text(sc, take=0), caption_text(sc, take=1)
+    assert np.mean([x != y for x, y in zip(a, b)]) > 0.9
+
+def test_class_names_are_words_of_the_world():
+    for kind in ('pairs', 'shapes', 'colours', 'unseen', 'digits', 'letters'):
+        assert {w for n in class_names(kind) for w in n.split()} <= set(lexicon())
+
+# --- truth ---
+
+@pytest.mark.parametrize('name', WORLDS)
+def test_boxes_are_those_of_the_masks(name):
+    sc = scenes(WORLDS[name], 1, range(150)); b, m = boxes(sc), masks(sc, 160).numpy()
+    assert b.shape == (*sc.kind.shape, 4) and b.dtype == np.float32 and m.shape == (*sc.kind.shape, 160, 160)
+    assert (b[sc.kind < 0] == 0).all() and not m[sc.kind < 0].any()
+    for i, k in zip(*np.nonzero(sc.kind >= 0)):
+        cx, cy, w, h = b[i, k] * 160
+        if not m[i, k].any(): assert min(w, h) < 4; continue
+        rows, cols = np.flatnonzero(m[i, k].any(1)), np.flatnonzero(m[i, k].any(0))
+        got = np.array([cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2])
+        assert np.abs(got - [cols[0], cols[-1] + 1, rows[0], rows[-1] + 1]).max() < 3.5, (name, i, k)
+
+def test_masks_hold_the_colour():
+    sc = scenes(World(n_objects=(1.,), noise=0.), 0, range(100)); x, m = render(sc, 64).float(), masks(sc, 64)[:, 0]
+    inner = -torch.nn.functional.max_pool2d(-m[:, None].float(), 3, 1, 1)[:, 0] > 0
+    for i in range(100):
+        assert (x[i][:, inner[i]] - torch.tensor(list(COLOURS.values())[sc.colour[i, 0]])[:, None].float()).abs().max() <= 16
+
+def test_labels_name_the_first_object():
+    sc = scenes(DEMO, 0, range(500)); names = class_names('pairs')
+    assert [names[y] for y in labels(sc)] == [f'{hues[c]} {SHAPE_NAMES[k]}' for c, k in zip(sc.colour[:, 0], sc.kind[:, 0])]
+
+@pytest.mark.parametrize('split, n', [('seen', 108), ('heldout', 36), ('unseen', 48), ('digits', 10), ('letters', 26)])
+def test_class_scenes_are_balanced_and_true(split, n):
+    sc, y = class_scenes(DEMO, 0, split, 2); names = class_names(split if split in ('unseen', 'digits', 'letters') else 'pairs')
+    assert len(sc) == 2 * n and (sc.count == 1).all() and set(np.bincount(y)) <= {0, 2} and len(set(y.tolist())) == n
+    for text, label in zip(caption_text(sc), y): assert names[label].split()[-1] in text.split()
+    if split in ('seen', 'heldout', 'unseen'): assert shown(sc) == set(pairs(split))
+
+def test_answers_are_true():
+    sc = scenes(DEMO, 0, range(3000)); kinds = set()
+    for i, (q, a) in enumerate(questions(sc)):
+        objects = [(hues[c], SHAPE_NAMES[k]) for c, k in zip(sc.colour[i], sc.kind[i]) if k >= 0]; words = q.split(); kinds.add(words[1])
+        if q.startswith('how many'): assert a == ('one', 'two')[len(objects) - 1]
+        elif q.startswith('is there'): assert (a == 'yes') == (tuple(words[-2:]) in objects)
+        elif q.startswith('is the background'): assert (a == 'dark') == sc.dark[i]
+        elif q.startswith('what colour'): assert [c for c, s in objects if s == words[-1]] == [a]
+        elif len(words) == 3: assert [f'a {s}' for c, s in objects if c == words[-1]] == [a]
+        else:
+            other = objects.index(tuple(words[-2:])); here = 1 - other
+            assert a == 'a ' + ' '.join(objects[here])
+            assert (here == 0) == (words[2] in ('left', 'above'))
+    assert kinds >= {'many', 'there', 'the', 'colour', 'is'}
+
+# --- pictures ---
+
+@pytest.mark.parametrize('size', [32, 33, 64, 96, 224])
+def test_any_size(size):
+    for name in WORLDS:
+        x = render(scenes(WORLDS[name], 0, range(5)), size)
+        assert x.shape == (5, 3, size, size) and x.dtype == torch.uint8 and x.float().std() > 5
+
+def test_objects_are_visible_against_their_ground():
+    sc, _ = class_scenes(DEMO.replace(noise=0.), 0, 'seen', 4); x, m = render(sc, 64).float(), masks(sc, 64)[:, 0]
+    for i in range(len(sc)):
+        inside, outside = x[i][:, m[i]].mean(1), x[i][:, ~m[i]].mean(1)
+        assert (inside - outside).norm() > 40, caption_text(sc[i])
+
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_shifts_change_what_they_say(shift):
+    shapes, letters = scenes(DEMO, 0, range(40)), scenes(WORLDS['glyphs'], 0, range(40))
+    changed = lambda sc: (render(sc, 64, shift=shift) != render(sc, 64)).flatten(1).any(1).float().mean()
+    assert changed(letters) == 1 and changed(shapes) == (shift != 'fonts')
+    if shift == 'fonts': assert shifted(letters, shift).font.max() == len(glyph_masks()['fonts']) - 1 and letters.font.max() < glyph_masks()['n_train']
+    if shift == 'rotate': assert (np.abs(shifted(shapes, shift).angle) >= 30).all()
+
+def test_glyph_masks_are_what_the_script_draws():
+    pytest.importorskip('matplotlib'); pytest.importorskip('scipy')
+    sys.path.insert(0, str(Path(__file__).parent))
+    import make_glyphs
+    z = glyph_masks()
+    assert tuple(z['fonts']) == make_glyphs.TRAIN + make_glyphs.HELD_OUT and int(z['n_train']) == len(make_glyphs.TRAIN) >= 3
+    for f, c in ((0, '7'), (4, 'Q'), (6, 'B')):
+        fresh = make_glyphs.mask(str(z['fonts'][f]), c).astype(int)
+        assert np.abs(fresh - z['masks'][f, make_glyphs.CHARACTERS.index(c)]).mean() < 2
+
+def test_no_scenes_are_fine():
+    none = scenes(DEMO, 0, [])
+    assert len(none) == 0 and render(none, 64).shape == (0, 3, 64, 64) and caption_text(none) == [] and captions(none) == [] and len(keys(none)) == 0
+    assert boxes(none).shape == (0, 2, 4) and questions(none) == []
+
+def test_worlds_survive_json():
+    for w in WORLDS.values(): assert World.from_json(w.to_json()) == w
+
+# --- bad input ---
+
+@pytest.mark.parametrize('bad, says', [
+    (lambda: scenes(DEMO, 0, 0, 'test'), 'unknown split'), (lambda: scenes(DEMO, 0, -1), 'negative'), (lambda: scenes(DEMO, 0, [0.5]), 'integers'),
+    (lambda: scenes(World(n_objects=(0.25,) * 4), 0, 0), 'n_objects'), (lambda: scenes(World(say_size=2.), 0, 0), 'say_size'), (lambda: scenes(World(size_1=(0., 5.)), 0, 0), 'size_1'),
+    (lambda: scenes(World(clutter=9), 0, 0), 'clutter'), (lambda: caption_text(scenes(World(language='fr'), 0, 0)), 'unknown language'),
+    (lambda: render(scenes(DEMO, 0, 0), 20), 'size 20'), (lambda: render(scenes(DEMO, 0, 0), 300), 'size 300'), (lambda: render(scenes(DEMO, 0, 0), 64.5), 'size 64.5'),
+    (lambda: masks(scenes(DEMO, 0, 0), 16), 'size 16'), (lambda: render(scenes(DEMO, 0, 0), 64, shift='skech'), 'did you mean sketch'),
+    (lambda: caption_text(scenes(DEMO, 0, 0), 'de'), 'unknown language'), (lambda: pairs('held-out'), 'unknown split'), (lambda: class_names('shape'), 'did you mean shapes'),
+    (lambda: class_scenes(DEMO, 0, 'train', 1), 'unknown split of classes'), (lambda: class_scenes(DEMO, 0, 'seen', 0), 'n_per_class'),
+])
+def test_bad_input_ends_with_advice(bad, says):
+    with pytest.raises(UserError) as e: bad()
+    assert says in str(e.value) and '\n' not in str(e.value)
