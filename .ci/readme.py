@@ -3,7 +3,6 @@
 import re, sys
 from pathlib import Path
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import TagRemovePreprocessor
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,12 +15,12 @@ def make() -> tuple:
     for cell in nb.cells:
         directives = re.findall(r'^#\|\s*(.*)$', cell.source, re.M) if cell.cell_type == 'code' else []
         if 'hide' in directives: continue
-        if any(d.replace(' ', '') == 'echo:false' for d in directives): cell.source = ''
+        if any(d.replace(' ', '') == 'echo:false' for d in directives): cell.metadata['transient'] = {'remove_source': True}
         cells.append(cell)
-    nb.cells = [c for c in cells if c.source or c.get('outputs')]
+    nb.cells = cells
     text, resources = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': str(FIGURES), 'unique_key': 'index'})
-    text = re.sub(r'```python\s*```\n', '', text)
-    text = re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![what a pair costs, and the method in miniature]')
+    text = re.sub(r'\n\s*\n\s*\n', '\n\n', text).strip() + '\n'
     return '<!-- generated from nbs/index.ipynb by .ci/readme.py; edit the notebook -->\n\n' + text, resources.get('outputs', {})
 
 if __name__ == '__main__':

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LINES', 'Flags', 'COMMANDS', 'Options', 'n_workers', 'effective', 'claim', 'wait', 'open_data', 'open_tokenizer',
            'trial_seconds', 'make_plan', 'plan_table', 'Run', 'quick_evals', 'begin_stage', 'Stopwatch', 'train_stage',
-           'train_stages', 'stage_rows', 'evaluate', 'headlines', 'shift_scores', 'report_table', 'finish',
-           'draw_report', 'run', 'full_length', 'compare_run', 'demo', 'train', 'cost', 'recipes', 'eval_model', 'data',
-           'doctor', 'measure', 'export', 'import_model', 'stopped', 'main']
+           'train_stages', 'stage_rows', 'evaluate', 'headlines', 'shift_scores', 'report_table', 'draw_report',
+           'finish', 'run', 'full_length', 'compare_run', 'demo', 'train', 'recipes', 'cost', 'eval_model', 'data',
+           'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped', 'main']
 
 # %% ../nbs/19_cli.ipynb #c002
 import json, os, platform, signal, sys, time
@@ -22,7 +22,7 @@ from .distributed_trainer import connect, disconnect, rank_device, same_gradient
 from .infonce import Contrastive
 from .optimization import make_optimizer
 from .pretrained import create_model_and_transforms, get_tokenizer, save_pretrained
-from .recipes import (RECIPES, Recipe, Stage, best_captions, changes, digit_set, recipe as recipe_named, smoke as smoke_twin, stage_model,
+from .recipes import (RECIPES, Data, Recipe, Stage, best_captions, changes, digit_set, recipe as recipe_named, smoke as smoke_twin, stage_model,
                               stage_plan, stage_text, stage_transform, toy_samples, toy_sets, toy_suite, train_config)
 from .tokenizer import load_tokenizer, train_wordpiece
 from .trainer import Checkpoints, Log, Stopped, Task, file_hash, fit, interrupts, pack, read_log, run_evals, train_step, unpack, write_json
@@ -87,10 +87,14 @@ def claim(
     return out
 
 # %% ../nbs/19_cli.ipynb #c017
-def wait(comm, device='cpu'):
+def wait(
+    comm, # ranks
+    device='cpu', # where the comm's tensors live
+):
     "Return when every rank has come here."
     comm.all_sum(torch.zeros(1, device=device))
 
+# %% ../nbs/19_cli.ipynb #c020
 def open_data(
     recipe: Recipe, # which data
     out: Path, # the run directory
@@ -108,7 +112,7 @@ def open_data(
     wait(comm, device)
     return Shards(str(folder))
 
-# %% ../nbs/19_cli.ipynb #c020
+# %% ../nbs/19_cli.ipynb #c023
 def open_tokenizer(
     recipe: Recipe, # which tokenizer
     source, # the pairs a toy tokenizer is learnt from
@@ -125,7 +129,7 @@ def open_tokenizer(
     wait(comm, device)
     return load_tokenizer(str(folder))
 
-# %% ../nbs/19_cli.ipynb #c023
+# %% ../nbs/19_cli.ipynb #c026
 def trial_seconds(
     recipe: Recipe, # the run
     i: int, # which stage
@@ -145,7 +149,7 @@ def trial_seconds(
         start = time.perf_counter(); float(train_step(task, task, batch, optimizer, step, cfg)['loss']); spent.append(time.perf_counter() - start)
     return sorted(spent[1:])[steps // 2]
 
-# %% ../nbs/19_cli.ipynb #c026
+# %% ../nbs/19_cli.ipynb #c029
 def make_plan(
     recipe: Recipe, # the run
     options: Options, # seed, device, precision
@@ -161,6 +165,7 @@ def make_plan(
         p['seconds'] = trial_seconds(recipe, i, device, precision) * p['steps'] / ranks if fits else None
     return dict(recipe=recipe.to_dict(), seed=options.seed, device=str(device), precision=precision, ranks=ranks, stages=stages)
 
+# %% ../nbs/19_cli.ipynb #c032
 def plan_table(
     plan: dict, # from `make_plan`
 ) -> str: # a few lines
@@ -173,7 +178,7 @@ def plan_table(
     head = f"{plan['recipe']['name']}, seed {plan['seed']}, {plan['device']}, {plan['precision']}, {plan['ranks']} process{'es' if plan['ranks'] > 1 else ''}"
     return '\n'.join([head] + ['  ' + '  '.join(f'{str(c):>{w}s}' if i else f'{c:<{w}s}' for i, (c, w) in enumerate(zip(row, widths))) for row in rows])
 
-# %% ../nbs/19_cli.ipynb #c029
+# %% ../nbs/19_cli.ipynb #c035
 class Run:
     "What the stages of one run share."
     def __init__(self,
@@ -203,7 +208,7 @@ class Run:
         torch.manual_seed(seed_of(self.options.seed, 'init'))
         return build_clip(stage_model(self.recipe, i)).to(self.device)
 
-# %% ../nbs/19_cli.ipynb #c032
+# %% ../nbs/19_cli.ipynb #c038
 def quick_evals(
     run: Run, # whose world
     i: int, # which stage's image size
@@ -211,10 +216,10 @@ def quick_evals(
     "The evaluations that are drawn beside the training curve; only toy recipes have their test sets at hand."
     if run.recipe.data.kind != 'toy': return {}
     few = 1 if run.options.smoke else 2
-    sets = toy_sets(run.recipe.data.name, run.recipe.stages[i].image_size, run.options.seed, n_class=few, n_pairs=100 * few, shifts=())
+    sets = toy_sets(run.recipe.data, run.recipe.stages[i].image_size, run.options.seed, n_class=few, n_pairs=100 * few, shifts=())
     return {'toy': lambda model, comm=LOCAL: toy_suite(model, run.tokenizer, sets, templates=['a photo of a {}'], comm=comm)}
 
-# %% ../nbs/19_cli.ipynb #c035
+# %% ../nbs/19_cli.ipynb #c041
 def begin_stage(
     run: Run, # the run
     i: int, # which stage
@@ -228,7 +233,7 @@ def begin_stage(
     if restored: unpack(restored[0], model, optimizer); run.tally = restored[1]['tally']
     return Task(model.train(), Contrastive(chunk='auto')), optimizer, restored[1]['stage_step'] if restored else 0
 
-# %% ../nbs/19_cli.ipynb #c038
+# %% ../nbs/19_cli.ipynb #c044
 class Stopwatch:
     "Wall and CPU seconds of this process, with pauses."
     def __init__(self, seconds: float = 0., cpu_seconds: float = 0.): self.total, self.mark = [seconds, cpu_seconds], self.now()
@@ -244,7 +249,7 @@ class Stopwatch:
             return out
         return paused
 
-# %% ../nbs/19_cli.ipynb #c041
+# %% ../nbs/19_cli.ipynb #c047
 def train_stage(
     run: Run, # the run
     i: int, # which stage
@@ -273,7 +278,7 @@ def train_stage(
         fit(comm.wrap(task), task, data, optimizer, cfg, options.seed, start, comm, record, save, tell, got, evals, check=lambda: same_gradients(model, comm))
     return model
 
-# %% ../nbs/19_cli.ipynb #c044
+# %% ../nbs/19_cli.ipynb #c050
 def train_stages(
     run: Run, # the run
     got=(), # signals
@@ -286,7 +291,7 @@ def train_stages(
         weights = model.state_dict()
     return model
 
-# %% ../nbs/19_cli.ipynb #c047
+# %% ../nbs/19_cli.ipynb #c053
 def stage_rows(
     run: Run, # after training
 ) -> list: # a dict for each stage
@@ -310,12 +315,12 @@ def evaluate(
     "The final evaluation of a toy run."
     if recipe.data.kind != 'toy': return {}, []
     n = dict(n_class=1, n_pairs=100) if small else {}
-    sets = toy_sets(recipe.data.name, model.cfg.image_size, seed, **n)
+    sets = toy_sets(recipe.data, model.cfg.image_size, seed, **n)
     try: digits = digit_set(model.cfg.image_size)
     except UserError: digits = None
     return toy_suite(model, tokenizer, sets, digits, comm=comm), best_captions(model, tokenizer, sets['pairs'])
 
-# %% ../nbs/19_cli.ipynb #c050
+# %% ../nbs/19_cli.ipynb #c056
 LINES = (('colour and shape, pairs seen in training', 'val/seen-zeroshot-val-top1', 144), ('colour and shape, held-out pairs', 'val/heldout-zeroshot-val-top1', 144),
          ('shape alone', 'val/shape-zeroshot-val-top1', 12), ('colour alone', 'val/colour-zeroshot-val-top1', 12), ('image → text R@1', 'val/image_to_text_R@1', 1),
          ('image → text R@5', 'val/image_to_text_R@5', 5), ('text → image R@1', 'val/text_to_image_R@1', 1), ('text → image R@5', 'val/text_to_image_R@5', 5),
@@ -328,13 +333,14 @@ def headlines(
     chance = lambda key, n: n / metrics['val/pairs'] if 'R@' in key else 1 / n
     return [(label, metrics[key], chance(key, n)) for label, key, n in LINES if key in metrics]
 
+# %% ../nbs/19_cli.ipynb #c059
 def shift_scores(
     metrics: dict, # from `toy_suite`
 ) -> dict: # name of the shift → top-1
     "Accuracy under each named shift."
     return {k[10:].split('-zeroshot')[0]: v for k, v in metrics.items() if k.startswith('val/shift-') and k.endswith('top1')}
 
-# %% ../nbs/19_cli.ipynb #c053
+# %% ../nbs/19_cli.ipynb #c062
 def report_table(
     report: dict, # from `run`
 ) -> str: # lines of text
@@ -349,7 +355,23 @@ def report_table(
         lines.append(f"  stage {s['name']}: {s['samples']:,} pairs, {s['tokens']:,} tokens, {s['seconds']:.0f} s ({s['cpu_seconds']:.0f} CPU-s), {s['samples_per_second']:,.0f} pairs/s")
     return '\n'.join(lines)
 
-# %% ../nbs/19_cli.ipynb #c056
+# %% ../nbs/19_cli.ipynb #c065
+def draw_report(
+    report: dict, # the scores
+    examples: list, # from `best_captions`
+    out: Path, # the run directory; its log gives the curves
+    compare: dict = None, # the full-length run's report
+):
+    "Write report.png, or say which extra is missing."
+    try: viz = need('clipa_nb.viz', 'demo', 'report.png')
+    except UserError as e: return print(e, file=sys.stderr)
+    named = lambda metrics: {label: score for label, score, _ in headlines(metrics)}
+    curves = {key: label for label, key, _ in LINES[:3] + LINES[4:5]}
+    rows = [{curves.get(k, k) if k[:4] != 'val/' else 'val/' + curves[k]: v for k, v in r.items() if k[:4] != 'val/' or k in curves} for r in read_log(out / 'metrics.jsonl')]
+    viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts=shift_scores(report['metrics']), history=rows, examples=examples,
+                            compare=compare and named(compare['metrics']), chance={label: c for label, _, c in headlines(report['metrics'])}), out / 'report.png')
+
+# %% ../nbs/19_cli.ipynb #c068
 def finish(
     run: Run, # after training
     model, # the trained model
@@ -369,17 +391,7 @@ def finish(
     wait(run.comm, run.device)
     return report
 
-def draw_report(report: dict, examples: list, out: Path, compare: dict = None):
-    "Write report.png, or say which extra is missing."
-    try: viz = need('clipa_nb.viz', 'demo', 'report.png')
-    except UserError as e: return print(e, file=sys.stderr)
-    named = lambda metrics: {label: score for label, score, _ in headlines(metrics)}
-    curves = {key: label for label, key, _ in LINES[:3] + LINES[4:5]}
-    rows = [{curves.get(k, k) if k[:4] != 'val/' else 'val/' + curves[k]: v for k, v in r.items() if k[:4] != 'val/' or k in curves} for r in read_log(out / 'metrics.jsonl')]
-    viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts=shift_scores(report['metrics']), history=rows, examples=examples,
-                            compare=compare and named(compare['metrics']), chance={label: c for label, _, c in headlines(report['metrics'])}), out / 'report.png')
-
-# %% ../nbs/19_cli.ipynb #c059
+# %% ../nbs/19_cli.ipynb #c071
 def run(
     recipe: Recipe, # which recipe
     options: Options = Options(), # where and how
@@ -405,7 +417,7 @@ def run(
     say(f'{report_table(report)}\nwritten to {out}')
     return report
 
-# %% ../nbs/19_cli.ipynb #c062
+# %% ../nbs/19_cli.ipynb #c074
 def full_length(
     recipe: Recipe, # a run of several stages
     samples: int, # pairs it may see
@@ -432,38 +444,43 @@ def compare_run(
     recipe = full_length(this.recipe, steps * this.recipe.stages[-1].batch_size)
     return run(recipe, this.options.replace(out=str(folder / 'run'), smoke=False, max_steps=0, compare=False), this.comm)
 
-# %% ../nbs/19_cli.ipynb #c065
+# %% ../nbs/19_cli.ipynb #c077
 import tyro
-from typing import Annotated, Literal
+from typing import Literal
 from tyro.conf import OmitArgPrefixes, Positional
+from .core import unknown
+from .cost import HARDWARE, dollars, hours
 Flags = OmitArgPrefixes[Options]
 
+# %% ../nbs/19_cli.ipynb #c079
 def demo(options: Flags = Options()):
     "The toy world, two-stage CLIPA training, and a zero-shot report: minutes on a laptop CPU."
     need('matplotlib', 'demo', 'clipa demo'); need('sklearn', 'demo', 'clipa demo')
     run(recipe_named('toy'), options if options.out else options.replace(out='runs/demo' + ('-smoke' if options.smoke else '')))
 
+# %% ../nbs/19_cli.ipynb #c082
 def train(recipe: Positional[str], options: Flags = Options()):
     "Train a recipe at any scale; `clipa recipes` lists them."
     run(recipe_named(recipe), options)
 
-def cost(recipe: Positional[str], gpu: str = 'H100', mfu: float = 0.4, dollars_per_hour: float = 2.):
+# %% ../nbs/19_cli.ipynb #c085
+def recipes():
+    "List the recipes."
+    for name, r in RECIPES.items(): print(f'{name:24s}', ' → '.join(f'{s.image_size} px, {s.context_length} tokens, {s.samples / 1e6:,.1f} M pairs' for s in r.stages))
+
+# %% ../nbs/19_cli.ipynb #c088
+def cost(recipe: Positional[str], gpu: str = 'H100', mfu: float = 0.4, dollars_per_hour: float = 2., debug: bool = False):
     "What a recipe costs before it is started."
-    from clipa_nb.cost import HARDWARE, dollars, hours
-    from clipa_nb.core import unknown
     if gpu not in HARDWARE: raise unknown('GPU', gpu, HARDWARE)
-    r = recipe_named(recipe); total = 0.
+    r, total = recipe_named(recipe), 0.
     print(plan_table(make_plan(r, Options(device='cpu', precision='fp32'), trial=0)))
     for i, s in enumerate(r.stages):
         h = hours(stage_plan(r, i)['flops'], HARDWARE[gpu], mfu); total += h
         print(f'  {s.name:8s} {h:12,.1f} {gpu}-hours')
     print(f'  together {total:12,.1f} {gpu}-hours at {mfu:.0%} of the peak, ${dollars(total, dollars_per_hour):,.0f} at ${dollars_per_hour}/hour')
+    return total
 
-def recipes():
-    "List the recipes."
-    for name, r in RECIPES.items(): print(f'{name:24s}', ' → '.join(f'{s.image_size} px, {s.context_length} tokens, {s.samples / 1e6:,.1f} M pairs' for s in r.stages))
-
-# %% ../nbs/19_cli.ipynb #c068
+# %% ../nbs/19_cli.ipynb #c091
 def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: str = 'auto', out: str = '', debug: bool = False):
     "Evaluate a saved model; prints one table and, with --out, writes one JSON file."
     folder = Path(model)
@@ -476,10 +493,9 @@ def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: st
     if out: write_json(Path(out), report)
     return report
 
-# %% ../nbs/19_cli.ipynb #c071
+# %% ../nbs/19_cli.ipynb #c094
 def data(action: Positional[Literal['make', 'check']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
     "Make toy shards in a folder, or read shards through and count what is wrong with them."
-    from clipa_nb.recipes import Data
     if action == 'make':
         files = write_shards(tqdm(toy_samples(Data(kind='toy', name=world, n=n), seed), total=n, unit='img', disable=None), path)
         return print(f'{n} pairs in {len(files)} shards under {path}')
@@ -491,6 +507,29 @@ def data(action: Positional[Literal['make', 'check']], path: Positional[str], n:
     print(f"{len(source)} pairs, {sum(map(len, bad.values()))} that cannot be decoded")
     for cause, where in bad.items(): print(f"  {cause}: {len(where)}, first {', '.join(where[:3])}")
 
+# %% ../nbs/19_cli.ipynb #c097
+def rate(
+    f, # does the work
+    n: float, # samples it moves
+) -> float: # samples a second
+    "How fast a part is, after one call that warms it up."
+    f(); start = time.perf_counter(); f()
+    return n / max(time.perf_counter() - start, 1e-9)
+
+# %% ../nbs/19_cli.ipynb #c100
+def measure(
+    this: Run, # opened
+    stage: Stage, # whose step is measured
+) -> dict: # samples a second of reading, decoding, the step and, across ranks, the gather
+    "Each part of a training step, apart."
+    b, batches, workers = stage.batch_size, this.batches(0), n_workers(this.options.workers, this.comm.size)
+    out = dict(read=rate(lambda: [this.source.read(i % len(this.source)) for i in range(b)], b), decode=rate(lambda: batches[0], b / this.comm.size) * max(1, workers))
+    out['step'] = b / trial_seconds(this.recipe, 0, this.device, this.precision)
+    z = torch.zeros(b // this.comm.size, this.recipe.model.embed_dim, device=this.device)
+    if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), b)
+    return out
+
+# %% ../nbs/19_cli.ipynb #c103
 def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     "Measure reading, decoding, the loader, the step and the gather apart, and name the bottleneck."
     import tempfile
@@ -502,29 +541,19 @@ def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     print(f'the bottleneck is: {min(rates, key=rates.get)}')
     return rates
 
-def measure(this: Run, stage: Stage) -> dict:
-    "Samples a second of each part of a training step."
-    def rate(f, n):
-        f(); start = time.perf_counter(); f(); return n / max(time.perf_counter() - start, 1e-9)
-    b, batches, workers = stage.batch_size, this.batches(0), n_workers(this.options.workers, this.comm.size)
-    out = dict(read=rate(lambda: [this.source.read(i % len(this.source)) for i in range(b)], b), decode=rate(lambda: batches[0], b / this.comm.size) * max(1, workers))
-    out['step'] = b / trial_seconds(this.recipe, 0, this.device, this.precision)
-    z = torch.zeros(b // this.comm.size, this.recipe.model.embed_dim, device=this.device)
-    if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), b)
-    return out
-
-# %% ../nbs/19_cli.ipynb #c074
+# %% ../nbs/19_cli.ipynb #c106
 def export(model: Positional[str], out: Positional[str], debug: bool = False):
     "Write a model in the layout that open_clip and the Hub read."
     name = f'local-dir:{model}' if Path(model).is_dir() else model
     net, _, _ = create_model_and_transforms(name)
     save_pretrained(net, out, tokenizer=get_tokenizer(name)); print(f'written to {out}')
 
+# %% ../nbs/19_cli.ipynb #c109
 def import_model(model: Positional[str], out: Positional[str], debug: bool = False):
     "Read an open_clip or Hugging Face model (`local-dir:PATH`, `hf-hub:ORG/NAME`) and write it in this package's layout."
     export(model if ':' in model else f'local-dir:{model}', out)
 
-# %% ../nbs/19_cli.ipynb #c077
+# %% ../nbs/19_cli.ipynb #c112
 COMMANDS = {'demo': demo, 'train': train, 'eval': eval_model, 'cost': cost, 'recipes': recipes, 'data': data, 'doctor': doctor, 'export': export, 'import': import_model}
 
 def stopped(e: Stopped, argv: list) -> int: # the exit code
@@ -532,6 +561,7 @@ def stopped(e: Stopped, argv: list) -> int: # the exit code
     print(f"clipa: stopped by {e}; a checkpoint is kept. To go on: clipa {' '.join(argv)}", file=sys.stderr)
     return 130 if e.signum == signal.SIGINT else 75
 
+# %% ../nbs/19_cli.ipynb #c115
 def main(
     argv: list = None, # arguments; None: those of the process
 ) -> int: # the exit code
@@ -549,5 +579,5 @@ def main(
     finally: disconnect()
     return 0
 
-# %% ../nbs/19_cli.ipynb #c080
+# %% ../nbs/19_cli.ipynb #c118
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -143,6 +143,7 @@ def seed_of(
         z = int(hash_bits(z, 0x10000))
     return z >> 1
 
+# %% ../nbs/00_core.ipynb #c038
 def generator(
     seed: int, # the run's seed
     *keys,     # integers or words that name the purpose
@@ -151,7 +152,7 @@ def generator(
     "A torch generator for one purpose."
     return torch.Generator(device=device).manual_seed(seed_of(seed, *keys))
 
-# %% ../nbs/00_core.ipynb #c038
+# %% ../nbs/00_core.ipynb #c041
 def seed_everything(
     seed: int, # the run's seed
     rank: int = 0, # ranks draw different tokens to drop, so they differ here
@@ -159,7 +160,7 @@ def seed_everything(
     "Seed torch's default generators on every device."
     torch.manual_seed(seed_of(seed, 'default', rank))
 
-# %% ../nbs/00_core.ipynb #c041
+# %% ../nbs/00_core.ipynb #c044
 def pick_device(
     name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 ) -> torch.device: # raises `UserError` for a device that is not there
@@ -173,7 +174,7 @@ def pick_device(
         raise UserError(f'--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0')
     return torch.device(name)
 
-# %% ../nbs/00_core.ipynb #c044
+# %% ../nbs/00_core.ipynb #c047
 def has_bf16(
     device: torch.device, # where the matrices are multiplied
 ) -> bool: # True where bf16 is native
@@ -183,7 +184,7 @@ def has_bf16(
     probes = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
     return any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
-# %% ../nbs/00_core.ipynb #c047
+# %% ../nbs/00_core.ipynb #c050
 PRECISIONS = ('auto', 'fp32', 'amp_bf16')
 
 def pick_precision(
@@ -201,7 +202,7 @@ def autocast(
     "The autocast context of a precision; weights stay in fp32."
     return torch.autocast(device.type, torch.bfloat16) if precision == 'amp_bf16' else contextlib.nullcontext()
 
-# %% ../nbs/00_core.ipynb #c050
+# %% ../nbs/00_core.ipynb #c053
 class Local:
     "The comm of a single process: every collective is the identity."
     rank, size = 0, 1

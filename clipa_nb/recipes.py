@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOY', 'J', 'H14', 'L16', 'RECIPES', 'Stage', 'Data', 'Recipe', 'stage_model', 'recipe', 'changes', 'stage_plan',
-           'smoke', 'train_config', 'stage_transform', 'stage_text', 'toy_tagger', 'toy_samples', 'toy_sets',
-           'digit_set', 'toy_questions', 'toy_suite', 'best_captions']
+           'smoke', 'train_config', 'stage_transform', 'toy_tagger', 'stage_text', 'toy_world', 'toy_samples',
+           'toy_sets', 'digit_set', 'toy_questions', 'toy_suite', 'best_captions']
 
 # %% ../nbs/17_recipes.ipynb #c002
 import io
@@ -60,7 +60,9 @@ class Data(Config):
     n: int = 0 # distinct pairs
     size: int = 64 # pixels of a toy picture
     quality: int = 90 # of its JPEG
+    dials: tuple[tuple[str, float], ...] = () # changes to the toy world, such as (('glyphs', 0.1),)
 
+# %% ../nbs/17_recipes.ipynb #c011
 @dataclass(frozen=True)
 class Recipe(Config):
     "A whole run: model, data, tokenizer, and its stages in order."
@@ -75,7 +77,7 @@ class Recipe(Config):
         own = list(changes) + [{}] * (len(self.stages) - len(changes))
         return self.replace(stages=tuple(s.replace(**{**shared, **c}) for s, c in zip(self.stages, own)))
 
-# %% ../nbs/17_recipes.ipynb #c011
+# %% ../nbs/17_recipes.ipynb #c014
 def stage_model(
     recipe: Recipe, # the run
     i: int, # which stage
@@ -84,12 +86,12 @@ def stage_model(
     s = recipe.stages[i]
     return recipe.model.replace(image_size=s.image_size, context_length=s.context_length, image_strategy=s.image_strategy, image_ratio=s.image_ratio)
 
-# %% ../nbs/17_recipes.ipynb #c014
+# %% ../nbs/17_recipes.ipynb #c017
 TOY = Recipe(
-    name='toy', tokenizer='toy', data=Data(kind='toy', name='demo', n=60_000),
+    name='toy', tokenizer='toy', data=Data(kind='toy', name='demo', dials=(('glyphs', 0.1), ('say_colour', 0.9)), n=60_000),
     model=ModelConfig(
         image=Tower(width=128, depth=4, heads=4, mlp=512), text=Tower(width=128, depth=2, heads=4, mlp=512), embed_dim=128, patch=8, image_size=64,
-        context_length=17, vocab_size=256, positions='moco', cls=False, pool='avg', pre_norm=False, text_mask='none', text_pool='last', act='gelu_tanh',
+        context_length=17, vocab_size=256, positions='moco', cls=False, pool='avg', pre_norm=False, text_mask='none', text_pool='last', act='gelu',
         ln_eps=1e-6, init='small'),
     stages=(
         Stage(name='reduced', image_size=32, context_length=9, text_strategy='syntax', samples=230_400, batch_size=128, base_lr=3e-3, warmup=100,
@@ -98,7 +100,7 @@ TOY = Recipe(
               batch_size=128, base_lr=2.4e-3, warmup=50, weight_decay=0.1, crop=(1., 1.)),
     ))
 
-# %% ../nbs/17_recipes.ipynb #c017
+# %% ../nbs/17_recipes.ipynb #c020
 J = dict(jitter=0.8, gray=0.2)
 
 H14 = Recipe(
@@ -111,7 +113,7 @@ H14 = Recipe(
               samples=8_000 * 16_384, batch_size=16_384, base_lr=1e-7, warmup=1600, **J),
     ))
 
-# %% ../nbs/17_recipes.ipynb #c020
+# %% ../nbs/17_recipes.ipynb #c023
 L16 = H14.replace(name='clipa-v1-l16-i37-t8', tokenizer='clip', model=model_config('ViT-L-16-CL8-GAP').replace(positions='mae'), data=Data(name='LAION-400M', n=407_332_084), stages=(
     Stage(name='96px', image_size=96, context_length=8, text_strategy='syntax', samples=6 * 407_332_084, batch_size=32_768, base_lr=8e-6, warmup=1563, max_scale=100., eps=1e-6, **J),
     Stage(name='224px', image_size=224, context_length=32, text_strategy='truncate', samples=131_072_000, batch_size=7_168, base_lr=8e-7, warmup=3571, max_scale=100., eps=1e-6, **J)))
@@ -130,6 +132,7 @@ RECIPES = {r.name: r for r in (
         {'context_length': 16, 'batch_size': 8_192, 'warmup': 3072}, jitter=0., gray=0.),
 )}
 
+# %% ../nbs/17_recipes.ipynb #c026
 def recipe(
     name: str, # one of `RECIPES`
 ) -> Recipe: # raises `UserError`, with the nearest names, for an unknown one
@@ -137,7 +140,7 @@ def recipe(
     if name not in RECIPES: raise unknown('recipe', name, RECIPES)
     return RECIPES[name]
 
-# %% ../nbs/17_recipes.ipynb #c023
+# %% ../nbs/17_recipes.ipynb #c029
 def changes(
     a: Recipe, # from
     b: Recipe, # to
@@ -148,7 +151,7 @@ def changes(
     if len(a.stages) != len(b.stages): out['stages'] = (len(a.stages), len(b.stages))
     return out
 
-# %% ../nbs/17_recipes.ipynb #c026
+# %% ../nbs/17_recipes.ipynb #c032
 def stage_plan(
     recipe: Recipe, # the run
     i: int, # which stage
@@ -162,7 +165,7 @@ def stage_plan(
     kept = n_keep(s.image_strategy, grid, s.image_ratio)
     return dict(stage=s.name, **plan(m, kept + m.cls, s.context_length, s.batch_size, s.steps, s.image_size, ranks, checkpointing=m.checkpointing, vocab=m.vocab_size, context=s.context_length))
 
-# %% ../nbs/17_recipes.ipynb #c029
+# %% ../nbs/17_recipes.ipynb #c035
 def smoke(
     recipe: Recipe, # any recipe
     steps: int = 8, # of each stage
@@ -171,10 +174,10 @@ def smoke(
     "The smoke twin of a recipe."
     m = recipe.model
     small = lambda t: t.replace(width=64, depth=2, heads=4, mlp=128)
-    twin = recipe.replace(tokenizer='toy', data=Data(kind='toy', name='demo', n=512, size=64), model=m.replace(image=small(m.image), text=small(m.text), embed_dim=64, vocab_size=256))
+    twin = recipe.replace(tokenizer='toy', data=TOY.data.replace(n=512), model=m.replace(image=small(m.image), text=small(m.text), embed_dim=64, vocab_size=256))
     return twin.with_stages(*[dict(image_size=min(s.image_size, 8 * m.patch), base_lr=1e-3) for s in recipe.stages], samples=steps * batch, batch_size=batch, warmup=2)
 
-# %% ../nbs/17_recipes.ipynb #c032
+# %% ../nbs/17_recipes.ipynb #c038
 def train_config(
     stage: Stage, # what to do
     precision: str = 'fp32', # 'fp32' or 'amp_bf16'
@@ -188,7 +191,7 @@ def train_config(
     chunks = -(-share // per_rank) if per_rank else 1
     return TrainConfig(steps=stage.steps, lr=stage.lr, warmup=min(stage.warmup, stage.steps // 2), max_scale=stage.max_scale, chunks=chunks, precision=precision, **kw)
 
-# %% ../nbs/17_recipes.ipynb #c035
+# %% ../nbs/17_recipes.ipynb #c041
 def stage_transform(
     stage: Stage, # the size, crop and jitter
     model: ModelConfig, # its interpolation
@@ -196,6 +199,13 @@ def stage_transform(
     "How a training image becomes the tower's input."
     return Transform(size=stage.image_size, scale=stage.crop, interpolation=model.interpolation, jitter=stage.jitter, gray=stage.gray, mode='crop')
 
+# %% ../nbs/17_recipes.ipynb #c044
+def toy_tagger():
+    "The tagger that knows every word of the toy world."
+    from clipa_nb.toyworld import lexicon
+    return lexicon_tagger(lexicon())
+
+# %% ../nbs/17_recipes.ipynb #c047
 def stage_text(
     recipe: Recipe, # whose data decides the tagger
     i: int, # which stage
@@ -204,12 +214,16 @@ def stage_text(
     tagger = toy_tagger() if recipe.data.kind == 'toy' else rule_tagger
     return text_strategy(recipe.stages[i].text_strategy, tagger)
 
-def toy_tagger():
-    "The tagger that knows every word of the toy world."
-    from clipa_nb.toyworld import lexicon
-    return lexicon_tagger(lexicon())
+# %% ../nbs/17_recipes.ipynb #c050
+def toy_world(
+    data: Data, # the name of a world, and changes to its dials
+): # a `World`; raises `UserError` for a name or a dial it does not have
+    "The toy world of a recipe."
+    from clipa_nb.toyworld import WORLDS
+    if data.name not in WORLDS: raise unknown('toy world', data.name, WORLDS)
+    return WORLDS[data.name].replace(**dict(data.dials))
 
-# %% ../nbs/17_recipes.ipynb #c038
+# %% ../nbs/17_recipes.ipynb #c053
 def toy_samples(
     data: Data, # which world, how many, how large
     seed: int = 0, # of the run
@@ -217,18 +231,18 @@ def toy_samples(
 ):
     "Yields `(key, jpeg bytes, caption, json)` for `write_shards`."
     from PIL import Image
-    from clipa_nb.toyworld import WORLDS, caption_text, keys, labels, render, scenes
-    if data.name not in WORLDS: raise unknown('toy world', data.name, WORLDS)
+    from clipa_nb.toyworld import caption_text, labels, render, scenes
+    world = toy_world(data)
     for start in range(0, data.n, 500):
-        part = scenes(WORLDS[data.name], seed, range(start, min(start + 500, data.n)), split)
+        part = scenes(world, seed, range(start, min(start + 500, data.n)), split)
         rows = zip(render(part, data.size).permute(0, 2, 3, 1).numpy(), caption_text(part), labels(part))
         for i, (pixels, text, label) in enumerate(rows):
             buffer = io.BytesIO(); Image.fromarray(pixels).save(buffer, 'JPEG', quality=data.quality, subsampling=0)
             yield f'{start + i:09d}', buffer.getvalue(), text, {'label': int(label)}
 
-# %% ../nbs/17_recipes.ipynb #c041
+# %% ../nbs/17_recipes.ipynb #c056
 def toy_sets(
-    world: str, # name of a toy world
+    data: Data, # the toy world and its dials
     size: int, # pixels
     seed: int = 0, # of the run; the pictures are never those of training
     n_class: int = 8, # pictures for each pair of colour and shape
@@ -236,8 +250,8 @@ def toy_sets(
     shifts=None, # names of shifts; None: all of them
 ) -> dict: # name → tensors and captions
     "The toy suite's pictures, rendered for one image size."
-    from clipa_nb.toyworld import SHIFTS, WORLDS, caption_text, class_scenes, keys, render, scenes
-    w, out = WORLDS[world], {}
+    from clipa_nb.toyworld import SHIFTS, caption_text, class_scenes, keys, render, scenes
+    w, out = toy_world(data), {}
     for split in ('seen', 'heldout'):
         part, label = class_scenes(w, seed + 1, split, n_class)
         out[split] = dict(image=render(part, size), label=torch.as_tensor(label))
@@ -252,7 +266,7 @@ def toy_sets(
     out['pairs'] = dict(image=render(pool[first], size), text=[text[i] for i in first])
     return out
 
-# %% ../nbs/17_recipes.ipynb #c044
+# %% ../nbs/17_recipes.ipynb #c059
 def digit_set(
     size: int, # pixels
 ) -> dict: # uint8 images and labels 0–9; raises `UserError` without scikit-learn
@@ -262,7 +276,7 @@ def digit_set(
     x = torch.nn.functional.interpolate(x, size=(size, size), mode='bilinear', align_corners=False)
     return dict(image=x.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), label=torch.from_numpy(digits.target))
 
-# %% ../nbs/17_recipes.ipynb #c047
+# %% ../nbs/17_recipes.ipynb #c062
 def toy_questions(
     sets: dict, # from `toy_sets`
     digits: dict = None, # from `digit_set`
@@ -281,7 +295,7 @@ def toy_questions(
     out.update({k: (v, class_names('digits')) for k, v in drawn.items() if v})
     return out
 
-# %% ../nbs/17_recipes.ipynb #c050
+# %% ../nbs/17_recipes.ipynb #c065
 @torch.no_grad()
 def toy_suite(
     model, # any model of chapter 09's interface
@@ -304,7 +318,7 @@ def toy_suite(
     got = retrieval(model, rows, ks=(1, 5), comm=comm)
     return {**out, **{f'val/{k}': v for k, v in got.items() if 'R@' in k}, 'val/pairs': float(len(ids))}
 
-# %% ../nbs/17_recipes.ipynb #c055
+# %% ../nbs/17_recipes.ipynb #c070
 @torch.no_grad()
 def best_captions(
     model, # trained

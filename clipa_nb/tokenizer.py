@@ -25,7 +25,7 @@ def _texts(texts):
 
 def _slots(length, n_special):
     "Slots for pieces in a row of `length`; `UserError` where the special tokens leave none."
-    if isinstance(length, bool) or not isinstance(length, int): raise UserError(f'found context length {length!r}, expected an integer')
+    if isinstance(length, bool) or not hasattr(length, '__index__'): raise UserError(f'found context length {length!r}, expected an integer')
     if length <= n_special: raise UserError(f'context length {length} is too short: with {n_special} special token{"s" * (n_special > 1)} a row needs at least {n_special + 1}')
     return length - n_special
 
@@ -344,6 +344,14 @@ def _candidates(name):
             if (Path(folder) / 'bpe_simple_vocab_16e6.txt.gz').exists(): yield Path(folder) / 'bpe_simple_vocab_16e6.txt.gz'
 
 # %% ../nbs/06_tokenizer.ipynb #c086
+def _looked(name):
+    "One line for a vocabulary that is nowhere."
+    cache, repo = str(_hub()).replace(str(Path.home()), '~'), KNOWN.get(name, (name,))[0]
+    package = ', nor in the packages open_clip and clip' if name == 'clip' else ''
+    fetch = '' if Path(name).suffix in ('.txt', '.json', '.gz') else f', or fetch it once with: hf download {repo} tokenizer.json'
+    return f'no vocabulary for {name!r}: no such path, nothing in the Hub cache {cache}{package}; give the path of a vocab.txt or tokenizer.json{fetch}'
+
+# %% ../nbs/06_tokenizer.ipynb #c089
 DIGESTS = {'bert-base-uncased': '07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3', 'clip': 'e30e57b6f1e47616982ef898d8922be24e535b4fa3d0110477b3a6f02ebbae7d'}
 
 def load_tokenizer(
@@ -355,9 +363,7 @@ def load_tokenizer(
     if path.exists(): return _from_path(path, context_length)
     found = next(_candidates(name), None)
     if found is None and name not in KNOWN and '/' not in name and not path.suffix: raise unknown('tokenizer', name, KNOWN)
-    cache, repo = str(_hub()).replace(str(Path.home()), '~'), KNOWN.get(name, (name,))[0]
-    if found is None: raise UserError(f"no vocabulary for {name!r}: there is no such path, nothing in the Hub cache {cache}{', and no package that brings it' * (name == 'clip')}; "
-                                      f'give the path of a vocab.txt or tokenizer.json, or fetch it once with: hf download {repo} tokenizer.json')
+    if found is None: raise UserError(_looked(name))
     t = _from_path(found, context_length)
     if DIGESTS.get(name, digest(t)) != digest(t): raise UserError(f'{found}: not the published vocabulary of {name} (SHA-256 differs); fetch it again')
     return t

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'rng_state', 'set_rng_state', 'split', 'replay', 'forward_backward', 'TrainConfig', 'train_step', 'write_json',
-           'file_hash', 'pack', 'unpack', 'Checkpoints', 'Log', 'read_log', 'Stopped', 'interrupts', 'agree_to_stop',
+           'file_hash', 'pack', 'unpack', 'Checkpoints', 'read_log', 'Log', 'Stopped', 'interrupts', 'agree_to_stop',
            'Meter', 'average', 'check_finite', 'run_evals', 'fit']
 
 # %% ../nbs/13_trainer.ipynb #c002
@@ -37,6 +37,7 @@ def rng_state(
     "The state of the default generators that a model's forward draws from."
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
 
+# %% ../nbs/13_trainer.ipynb #c015
 def set_rng_state(
     state: tuple, # from `rng_state`
     device: torch.device, # the same device
@@ -45,7 +46,7 @@ def set_rng_state(
     torch.set_rng_state(state[0])
     if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
 
-# %% ../nbs/13_trainer.ipynb #c015
+# %% ../nbs/13_trainer.ipynb #c018
 def split(
     batch: dict, # first axis of every tensor is the sample
     chunks: int, # how many pieces; raises `UserError` where there are fewer samples
@@ -56,7 +57,7 @@ def split(
     pieces = {k: torch.tensor_split(v, chunks) for k, v in batch.items()}
     return [{k: v[i] for k, v in pieces.items()} for i in range(chunks)]
 
-# %% ../nbs/13_trainer.ipynb #c018
+# %% ../nbs/13_trainer.ipynb #c021
 def replay(
     wrapped, # the (possibly wrapped) task
     parts: list, # chunks of the batch
@@ -78,7 +79,7 @@ def replay(
             if last: total = total + sum(0 * p.sum() for p in touched)
             total.backward()
 
-# %% ../nbs/13_trainer.ipynb #c022
+# %% ../nbs/13_trainer.ipynb #c025
 def forward_backward(
     wrapped, # what is called: the task, or the wrapper around it
     task: Task, # the task itself, for its loss
@@ -101,7 +102,7 @@ def forward_backward(
     replay(wrapped, parts, states, {k: f.grad for k, f in feats.items()}, comm, context)
     return {k: v.detach() for k, v in out.items()}
 
-# %% ../nbs/13_trainer.ipynb #c026
+# %% ../nbs/13_trainer.ipynb #c029
 @dataclass(frozen=True)
 class TrainConfig(Config):
     "How one stage is optimised."
@@ -116,6 +117,7 @@ class TrainConfig(Config):
     save_every: int = 0 # steps between checkpoints; 0: only at the end of the stage
     eval_every: int = 0 # steps between evaluations; 0: only at the end of the stage
 
+# %% ../nbs/13_trainer.ipynb #c032
 def train_step(
     wrapped, # the task, or its data-parallel wrapper
     task: Task, # the task
@@ -136,7 +138,7 @@ def train_step(
     if cfg.max_scale: task.model.logit_scale.data.clamp_(0, torch.tensor(cfg.max_scale).log().item())
     return out
 
-# %% ../nbs/13_trainer.ipynb #c029
+# %% ../nbs/13_trainer.ipynb #c035
 def write_json(
     path: Path, # where
     value, # anything JSON can hold
@@ -146,6 +148,7 @@ def write_json(
     with open(tmp, 'w') as f: json.dump(value, f, indent=1); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
+# %% ../nbs/13_trainer.ipynb #c038
 def file_hash(
     path: Path, # a file
 ) -> str: # hexadecimal SHA-256
@@ -155,7 +158,7 @@ def file_hash(
         for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
     return h.hexdigest()
 
-# %% ../nbs/13_trainer.ipynb #c032
+# %% ../nbs/13_trainer.ipynb #c041
 def pack(
     model: nn.Module, # its parameters and buffers
     optimizer=None, # its moments too
@@ -167,6 +170,7 @@ def pack(
         out.update({f'optimizer.{k}.{names[p]}': torch.as_tensor(v) for k, v in state.items()})
     return {k: v.detach().to('cpu', copy=True).contiguous() for k, v in out.items()}
 
+# %% ../nbs/13_trainer.ipynb #c044
 def unpack(
     tensors: dict, # from `pack`
     model: nn.Module, # filled in place
@@ -180,7 +184,7 @@ def unpack(
         _, kind, name = key.split('.', 2)
         optimizer.state[params[name]][kind] = v.clone() if kind == 'step' else v.to(params[name].device, copy=True)
 
-# %% ../nbs/13_trainer.ipynb #c035
+# %% ../nbs/13_trainer.ipynb #c047
 class Checkpoints:
     "A folder of `step_00000123/` directories, each written whole or not at all."
     def __init__(self,
@@ -215,7 +219,17 @@ class Checkpoints:
                 warnings.warn(f'{path}: the hash of the tensors does not match; taking an older checkpoint')
             except (OSError, ValueError, KeyError) as e: warnings.warn(f'{path}: {e}; taking an older checkpoint')
 
-# %% ../nbs/13_trainer.ipynb #c040
+# %% ../nbs/13_trainer.ipynb #c052
+def read_log(
+    path, # a `metrics.jsonl`
+) -> list: # of dicts; a broken last line is left out
+    "The rows of a log."
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        with contextlib.suppress(ValueError): rows.append(json.loads(line))
+    return rows
+
+# %% ../nbs/13_trainer.ipynb #c055
 class Log:
     "Appends rows to a `.jsonl` file; rows after `resume_at` steps are forgotten when it opens."
     def __init__(self,
@@ -230,20 +244,12 @@ class Log:
         "Append one row."
         with open(self.path, 'a') as f: f.write(json.dumps({k: v.item() if hasattr(v, 'item') else v for k, v in row.items()}) + '\n')
 
-def read_log(
-    path, # a `metrics.jsonl`
-) -> list: # of dicts; a broken last line is left out
-    "The rows of a log."
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))
-    return rows
-
-# %% ../nbs/13_trainer.ipynb #c043
+# %% ../nbs/13_trainer.ipynb #c058
 class Stopped(Exception):
     "The run was asked to stop; a checkpoint is kept."
     def __init__(self, signum): super().__init__(signal.Signals(signum).name); self.signum = signum
 
+# %% ../nbs/13_trainer.ipynb #c061
 @contextlib.contextmanager
 def interrupts():
     "Within this block SIGINT and SIGTERM are remembered in the list it gives; a second one interrupts at once."
@@ -257,7 +263,7 @@ def interrupts():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/13_trainer.ipynb #c046
+# %% ../nbs/13_trainer.ipynb #c064
 def agree_to_stop(
     got: list, # what `interrupts` gave
     comm=LOCAL, # ranks
@@ -266,7 +272,7 @@ def agree_to_stop(
     "The largest signal number that any rank received."
     return int(comm.all_max(torch.tensor(float(got[0] if got else 0), device=device)))
 
-# %% ../nbs/13_trainer.ipynb #c049
+# %% ../nbs/13_trainer.ipynb #c067
 class Meter:
     "Rates and the last losses, turned into a row now and then."
     def __init__(self): self.start = time.perf_counter(); self.waited, self.samples, self.steps = 0., 0, 0
@@ -279,7 +285,7 @@ class Meter:
         self.__init__()
         return row
 
-# %% ../nbs/13_trainer.ipynb #c052
+# %% ../nbs/13_trainer.ipynb #c070
 def average(
     out: dict, # numbers of this rank, as tensors
     comm=LOCAL, # ranks
@@ -289,7 +295,7 @@ def average(
     means = comm.all_sum(torch.stack([v.detach().float().reshape(()) for v in out.values()])) / comm.size
     return dict(zip(out, means))
 
-# %% ../nbs/13_trainer.ipynb #c055
+# %% ../nbs/13_trainer.ipynb #c073
 def check_finite(
     row: dict, # one row of the log
     step: int, # for the message
@@ -298,7 +304,7 @@ def check_finite(
     bad = [k for k in ('train/loss', 'train/grad_norm') if not abs(row[k]) < float('inf')]
     if bad: raise RuntimeError(f"step {step}: {' and '.join(bad)} not finite (loss {row['train/loss']}, gradient norm {row['train/grad_norm']}): lower the learning rate or lengthen the warm-up")
 
-# %% ../nbs/13_trainer.ipynb #c058
+# %% ../nbs/13_trainer.ipynb #c076
 @torch.no_grad()
 def run_evals(
     evals: dict, # {name: f(model, comm=comm) -> dict of floats}
@@ -312,7 +318,7 @@ def run_evals(
     model.train(training)
     return row
 
-# %% ../nbs/13_trainer.ipynb #c061
+# %% ../nbs/13_trainer.ipynb #c079
 def fit(
     wrapped, # the task, or its wrapper
     task: Task, # the task
