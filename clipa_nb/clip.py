@@ -55,15 +55,17 @@ class Mean(nn.Module):
     def forward(self, x_BND): return x_BND[:, self.first:].mean(1)
     def extra_repr(self): return f'first={self.first}'
 
+# %% ../nbs/09_clip.ipynb #c016
 class MeanMax(Mean):
     "Mean plus maximum of the tokens from `first` on."
     def forward(self, x_BND): return x_BND[:, self.first:].mean(1) + x_BND[:, self.first:].amax(1)
 
+# %% ../nbs/09_clip.ipynb #c019
 class First(nn.Module):
     "The first token: the class token, where there is one."
     def forward(self, x_BND): return x_BND[:, 0]
 
-# %% ../nbs/09_clip.ipynb #c016
+# %% ../nbs/09_clip.ipynb #c022
 class ImageTower(nn.Module):
     "Pixels to one embedding, through the parts it is handed."
     def __init__(self,
@@ -82,43 +84,53 @@ class ImageTower(nn.Module):
         self.patch, self.prefix, self.positions, self.dropper = patch, prefix, positions, dropper
         self.pre_norm, self.encoder, self.pool, self.norm, self.head, self.n_prefix = pre_norm, encoder, pool, norm, head, n_prefix
 
-    def forward(self, image_BCHW):
-        x_BND, grid = self.patch(image_BCHW)
-        x_BND = self.prefix(x_BND)
-        x_BND = x_BND + self.positions(grid, x_BND.device, next(self.parameters()).dtype)
-        x_BKD, ids_BK = self.dropper(x_BND, grid)
-        x_BKD = self.encoder(self.pre_norm(x_BKD))
-        z_BE = self.head(self.norm(self.pool(x_BKD)))
-        return z_BE, Out(tokens=lambda: self.norm(x_BKD[:, self.n_prefix:]), ids=ids_BK, grid=grid)
+# %% ../nbs/09_clip.ipynb #c025
+def _image_forward(self, image_BCHW):
+    "Embed, prefix, place, drop, read, pool, norm, project."
+    x_BND, grid = self.patch(image_BCHW)
+    x_BND = self.prefix(x_BND)
+    x_BND = x_BND + self.positions(grid, x_BND.device, next(self.parameters()).dtype)
+    x_BKD, ids_BK = self.dropper(x_BND, grid)
+    x_BKD = self.encoder(self.pre_norm(x_BKD))
+    z_BE = self.head(self.norm(self.pool(x_BKD)))
+    return z_BE, Out(tokens=lambda: self.norm(x_BKD[:, self.n_prefix:]), ids=ids_BK, grid=grid)
 
-# %% ../nbs/09_clip.ipynb #c022
+ImageTower.forward = _image_forward
+
+# %% ../nbs/09_clip.ipynb #c031
 def no_mask(ids_BT):
     "Everybody may read everybody: CLIPA-v2."
 
+# %% ../nbs/09_clip.ipynb #c034
 def mask_pad(ids_BT):
     "Nobody reads padding."
     return pad_mask(ids_BT)[:, None, None]
 
+# %% ../nbs/09_clip.ipynb #c037
 def mask_causal(ids_BT):
     "Nobody reads what comes later: OpenAI's CLIP."
     return causal_mask(ids_BT.shape[1], ids_BT.device)
 
+# %% ../nbs/09_clip.ipynb #c040
 def mask_causal_pad(ids_BT):
     "Both."
     return mask_causal(ids_BT) & mask_pad(ids_BT)
 
+TEXT_MASKS = dict(none=no_mask, pad=mask_pad, causal=mask_causal, causal_pad=mask_causal_pad)
+
+# %% ../nbs/09_clip.ipynb #c043
 def last(x_BTD, ids_BT):
     "The last position, padding or not: CLIPA-v2."
     return x_BTD[:, -1]
 
+# %% ../nbs/09_clip.ipynb #c046
 def eot(x_BTD, ids_BT):
     "The position of the largest id, which in CLIP's vocabulary is the end of the text."
     return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), ids_BT.argmax(1)]
 
-TEXT_MASKS = dict(none=no_mask, pad=mask_pad, causal=mask_causal, causal_pad=mask_causal_pad)
 TEXT_POOLS = dict(last=last, eot=eot)
 
-# %% ../nbs/09_clip.ipynb #c025
+# %% ../nbs/09_clip.ipynb #c049
 class TextTower(nn.Module):
     "Token ids to one embedding, through the parts it is handed."
     def __init__(self,
@@ -134,17 +146,22 @@ class TextTower(nn.Module):
         self.embed, self.positions, self.mask = embed, nn.Parameter(positions_TD), mask
         self.encoder, self.pool, self.norm, self.head = encoder, pool, norm, head
 
-    def forward(self, ids_BT):
-        t, context = ids_BT.shape[1], len(self.positions)
-        if t > context: raise UserError(f'texts of {t} tokens, but the text tower has {context} positions: tokenize with context_length={context}, or load the weights into a longer model')
-        x_BTD = self.encoder(self.embed(ids_BT) + self.positions[:t], self.mask(ids_BT))
-        z_BE = self.head(self.norm(self.pool(x_BTD, ids_BT)))
-        return z_BE, Out(tokens=lambda: self.norm(x_BTD), mask=lambda: pad_mask(ids_BT))
+# %% ../nbs/09_clip.ipynb #c052
+def _text_forward(self, ids_BT):
+    "Embed, place, read, pool, norm, project."
+    t, context = ids_BT.shape[1], len(self.positions)
+    if t > context: raise UserError(f'texts of {t} tokens, but the text tower has {context} positions: tokenize with context_length={context}, or load the weights into a longer model')
+    x_BTD = self.encoder(self.embed(ids_BT) + self.positions[:t], self.mask(ids_BT))
+    z_BE = self.head(self.norm(self.pool(x_BTD, ids_BT)))
+    return z_BE, Out(tokens=lambda: self.norm(x_BTD), mask=lambda: pad_mask(ids_BT))
 
-# %% ../nbs/09_clip.ipynb #c028
+TextTower.forward = _text_forward
+
+# %% ../nbs/09_clip.ipynb #c055
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
+# %% ../nbs/09_clip.ipynb #c057
 @dataclass(frozen=True)
 class ModelConfig(Config):
     "Everything that decides a CLIP model's function; the defaults are CLIPA-v2's B/16."
@@ -173,41 +190,57 @@ class ModelConfig(Config):
     interpolation: str = 'bilinear' # for resizing images
     resize_mode: str = 'squash' # 'squash' to a square, or 'shortest' edge and crop
 
-# %% ../nbs/09_clip.ipynb #c031
+# %% ../nbs/09_clip.ipynb #c060
 IMAGE_POOLS = dict(avg=Mean, avg_all=lambda n_prefix: Mean(0), cls=lambda n_prefix: First(), avgmax=MeanMax)
 
+def _check_image(cfg):
+    "Refuse an image tower that cannot be built."
+    side, p = cfg.image_size, cfg.patch
+    if side % p: raise UserError(f'image size {side} is not divisible by patch {p}: use {side // p * p or p} or {-(-side // p) * p}')
+    if cfg.pool not in IMAGE_POOLS: raise unknown('image pool', cfg.pool, IMAGE_POOLS)
+    if cfg.pool == 'cls' and not cfg.cls: raise UserError("pool 'cls' needs a class token: set cls=True or pool='avg'")
+
+# %% ../nbs/09_clip.ipynb #c063
+def _image_positions(cfg):
+    "The positions a configuration names."
+    width, n_prefix, kinds = cfg.image.width, int(cfg.cls), ('moco', 'mae', 'learned')
+    if cfg.positions not in kinds: raise unknown('positions', cfg.positions, kinds)
+    if cfg.positions == 'learned': return LearnedPositions(width, (cfg.image_size // cfg.patch,) * 2, n_prefix)
+    return SinCos(width, cfg.positions, n_prefix)
+
+# %% ../nbs/09_clip.ipynb #c066
 def image_tower(
     cfg: ModelConfig, # see there
 ) -> ImageTower: # raises `UserError` for impossible sizes and unknown names
     "The image tower a configuration describes."
+    _check_image(cfg)
     t, n_prefix = cfg.image, int(cfg.cls)
-    if cfg.image_size % cfg.patch: raise UserError(f'image size {cfg.image_size} is not divisible by patch {cfg.patch}: use {cfg.image_size // cfg.patch * cfg.patch or cfg.patch} or {-(-cfg.image_size // cfg.patch) * cfg.patch}')
-    if cfg.pool not in IMAGE_POOLS: raise unknown('image pool', cfg.pool, IMAGE_POOLS)
-    if cfg.pool == 'cls' and not cfg.cls: raise UserError("pool 'cls' needs a class token: set cls=True or pool='avg'")
-    grid = (cfg.image_size // cfg.patch,) * 2
-    if cfg.positions not in ('moco', 'mae', 'learned'): raise unknown('positions', cfg.positions, ('moco', 'mae', 'learned'))
-    positions = LearnedPositions(t.width, grid, n_prefix) if cfg.positions == 'learned' else SinCos(t.width, cfg.positions, n_prefix)
     norm = lambda: nn.LayerNorm(t.width, cfg.ln_eps)
     return ImageTower(
-        PatchEmbed(t.width, cfg.patch), ClassToken(t.width) if cfg.cls else nn.Identity(), positions,
+        PatchEmbed(t.width, cfg.patch), ClassToken(t.width) if cfg.cls else nn.Identity(), _image_positions(cfg),
         TokenDrop(cfg.image_strategy, cfg.image_ratio, n_prefix), norm() if cfg.pre_norm else nn.Identity(),
         Encoder(t.width, t.depth, t.heads, t.mlp, cfg.act, cfg.ln_eps, cfg.checkpointing), IMAGE_POOLS[cfg.pool](n_prefix),
         norm(), nn.Linear(t.width, cfg.embed_dim, bias=False), n_prefix)
 
-# %% ../nbs/09_clip.ipynb #c034
+# %% ../nbs/09_clip.ipynb #c069
+def _check_text(cfg):
+    "Refuse a text tower that cannot be built."
+    if cfg.text_mask not in TEXT_MASKS: raise unknown('text mask', cfg.text_mask, TEXT_MASKS)
+    if cfg.text_pool not in TEXT_POOLS: raise unknown('text pool', cfg.text_pool, TEXT_POOLS)
+    if cfg.context_length < 2: raise UserError(f'context length {cfg.context_length} is too short: one special token and one word need 2')
+
+# %% ../nbs/09_clip.ipynb #c072
 def text_tower(
     cfg: ModelConfig, # see there
 ) -> TextTower: # raises `UserError` for unknown names
     "The text tower a configuration describes."
+    _check_text(cfg)
     t = cfg.text
-    if cfg.text_mask not in TEXT_MASKS: raise unknown('text mask', cfg.text_mask, TEXT_MASKS)
-    if cfg.text_pool not in TEXT_POOLS: raise unknown('text pool', cfg.text_pool, TEXT_POOLS)
-    if cfg.context_length < 2: raise UserError(f'context length {cfg.context_length} is too short: one special token and one word need 2')
     encoder = Encoder(t.width, t.depth, t.heads, t.mlp, cfg.act, cfg.ln_eps, cfg.checkpointing)
     return TextTower(nn.Embedding(cfg.vocab_size, t.width), torch.zeros(cfg.context_length, t.width), TEXT_MASKS[cfg.text_mask],
                      encoder, TEXT_POOLS[cfg.text_pool], nn.LayerNorm(t.width, cfg.ln_eps), nn.Linear(t.width, cfg.embed_dim, bias=False))
 
-# %% ../nbs/09_clip.ipynb #c037
+# %% ../nbs/09_clip.ipynb #c075
 class CLIP(nn.Module):
     "Two towers and a temperature."
     def __init__(self,
@@ -221,41 +254,61 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(cfg.init_scale)))
         for name in ('mean', 'std'): self.register_buffer(name, 255 * torch.tensor(getattr(cfg, name), device='cpu').view(3, 1, 1), persistent=False)
 
-    def pixels(self, image):
-        "uint8 to normalised float; floats as they are."
-        x = (image - self.mean) / self.std if image.dtype == torch.uint8 else image
-        return x.to(self.logit_scale.dtype)
+# %% ../nbs/09_clip.ipynb #c078
+def _pixels(self, image):
+    "uint8 to normalised float; floats as they are."
+    x = (image - self.mean) / self.std if image.dtype == torch.uint8 else image
+    return x.to(self.logit_scale.dtype)
 
-    def encode_image(self, image, normalize=False):
-        z_BE = self.visual(self.pixels(image))[0]
-        return F.normalize(z_BE.float(), dim=-1) if normalize else z_BE
+CLIP.pixels = _pixels
 
-    def encode_text(self, text, normalize=False):
-        z_BE = self.text(text)[0]
-        return F.normalize(z_BE.float(), dim=-1) if normalize else z_BE
+# %% ../nbs/09_clip.ipynb #c081
+def _encode_image(self, image, normalize=False):
+    "[B,E] of images: bytes, or floats that are normalised already."
+    z_BE = self.visual(self.pixels(image))[0]
+    return F.normalize(z_BE.float(), dim=-1) if normalize else z_BE
 
-    def forward(self, image=None, text=None):
-        zi = None if image is None else self.encode_image(image, normalize=True)
-        zt = None if text is None else self.encode_text(text, normalize=True)
-        scale = self.logit_scale.exp()
-        return dict(image_features=zi, text_features=zt, logit_scale=scale) if self.output_dict else (zi, zt, scale)
+CLIP.encode_image = _encode_image
 
-    def set_grad_checkpointing(self, enable=True):
-        for tower in (self.visual, self.text): tower.encoder.checkpointing = 'full' if enable else 'none'
+# %% ../nbs/09_clip.ipynb #c084
+def _encode_text(self, text, normalize=False):
+    "[B,E] of token ids."
+    z_BE = self.text(text)[0]
+    return F.normalize(z_BE.float(), dim=-1) if normalize else z_BE
 
-# %% ../nbs/09_clip.ipynb #c042
+CLIP.encode_text = _encode_text
+
+# %% ../nbs/09_clip.ipynb #c087
+def _clip_forward(self, image=None, text=None):
+    "(image features, text features, scale), or a dictionary of the three."
+    zi = None if image is None else self.encode_image(image, normalize=True)
+    zt = None if text is None else self.encode_text(text, normalize=True)
+    scale = self.logit_scale.exp()
+    return dict(image_features=zi, text_features=zt, logit_scale=scale) if self.output_dict else (zi, zt, scale)
+
+CLIP.forward = _clip_forward
+
+# %% ../nbs/09_clip.ipynb #c090
+def _set_grad_checkpointing(self, enable=True):
+    "Recompute the blocks in the backward pass, or keep everything."
+    for tower in (self.visual, self.text): tower.encoder.checkpointing = 'full' if enable else 'none'
+
+CLIP.set_grad_checkpointing = _set_grad_checkpointing
+
+# %% ../nbs/09_clip.ipynb #c095
 def _lecun(w):
     "flax's default for a convolution: normal, cut at two deviations, variance 1 / inputs."
     std = w[0].numel()**-0.5
     nn.init.trunc_normal_(w, std=std / 0.8796256610342398, a=-2 * std / 0.8796256610342398, b=2 * std / 0.8796256610342398)
 
+# %% ../nbs/09_clip.ipynb #c098
 CLIP_INITS = dict(
     jax=('jax', 'jax_text', _lecun, 0.),
     open_clip=('open_clip', 'open_clip_text', lambda w: nn.init.uniform_(w, -w[0].numel()**-0.5, w[0].numel()**-0.5), 1.),
     small=('small', 'small', _lecun, 0.),
 )
 
-# %% ../nbs/09_clip.ipynb #c045
+# %% ../nbs/09_clip.ipynb #c101
 @torch.no_grad()
 def init_clip(
     model: CLIP, # built by `build_clip`; changed in place
@@ -273,7 +326,7 @@ def init_clip(
     nn.init.normal_(v.head.weight, std=scale), nn.init.normal_(t.head.weight, std=t.encoder.width**-0.5)
     return model
 
-# %% ../nbs/09_clip.ipynb #c048
+# %% ../nbs/09_clip.ipynb #c104
 def build_clip(
     cfg: ModelConfig, # see there
     output_dict: bool = False, # whether `forward` returns a dictionary
@@ -281,7 +334,7 @@ def build_clip(
     "The model a configuration describes."
     return init_clip(CLIP(image_tower(cfg), text_tower(cfg), cfg, output_dict), cfg.init)
 
-# %% ../nbs/09_clip.ipynb #c053
+# %% ../nbs/09_clip.ipynb #c109
 V2 = ModelConfig()
 V1 = ModelConfig(vocab_size=49_408, positions='learned', pre_norm=True, text_mask='causal', text_pool='eot', act='gelu', ln_eps=1e-5, init='open_clip',
                  interpolation='bicubic', resize_mode='shortest', **OPENAI)
@@ -290,6 +343,7 @@ def _sized(base, size, **changes):
     s = SIZES[size]
     return base.replace(image=s.image, text=s.text, embed_dim=s.embed_dim, patch=s.patch, **changes)
 
+# %% ../nbs/09_clip.ipynb #c112
 MODELS = {f"ViT-{s.replace('/', '-')}-CLIPA": _sized(V2, s) for s in SIZES}
 MODELS |= {f'{n}-336': MODELS[n].replace(image_size=336) for n in list(MODELS) if n.endswith('14-CLIPA')}
 MODELS |= {f'ViT-L-16-CL{t}-GAP': _sized(V1, 'L/16', pool='avg_all', context_length=t) for t in (8, 16, 32)}
@@ -297,6 +351,7 @@ MODELS |= {f'ViT-B-16-CL{t}': _sized(V1, 'B/16', pool='cls', context_length=t) f
 MODELS |= {f"ViT-{s.replace('/', '-')}": _sized(V1, s, pool='cls', context_length=77) for s in ('B/32', 'B/16', 'L/14')}
 MODELS |= {f'{n}-quickgelu': MODELS[n].replace(act='quick_gelu') for n in ('ViT-B-32', 'ViT-B-16', 'ViT-L-14')}
 
+# %% ../nbs/09_clip.ipynb #c114
 def model_config(
     name: str, # such as 'ViT-H-14-CLIPA'
 ) -> ModelConfig: # raises `UserError` with the nearest names
@@ -304,33 +359,41 @@ def model_config(
     if name not in MODELS: raise unknown('model', name, MODELS)
     return MODELS[name]
 
-# %% ../nbs/09_clip.ipynb #c063
-def _few(names): return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+# %% ../nbs/09_clip.ipynb #c124
+def _fit_grid(table, rows, n_prefix):
+    "A table of image positions with another number of rows; as it is where its grid is not square."
+    old, new = (math.isqrt(n - n_prefix) for n in (len(table), rows))
+    return resize_positions(table, (old, old), (new, new), n_prefix) if old**2 + n_prefix == len(table) else table
 
+# %% ../nbs/09_clip.ipynb #c127
 def _fit_positions(model, state):
     "Resize learned positions in `state` to the model's, text along its line, image over its grid."
     own, state = model.state_dict(), dict(state)
     for key in [k for k in own if k in state and 'positions' in k and own[k].shape != state[k].shape and own[k].shape[-1] == state[k].shape[-1]]:
         if key.startswith('text.'):
             state[key] = F.interpolate(state[key].float().T[None], size=len(own[key]), mode='linear', align_corners=False)[0].T
-        else:
-            n_prefix = model.visual.n_prefix
-            old, new = (math.isqrt(len(x) - n_prefix) for x in (state[key], own[key]))
-            if old**2 + n_prefix == len(state[key]): state[key] = resize_positions(state[key], (old, old), (new, new), n_prefix)
+        else: state[key] = _fit_grid(state[key], len(own[key]), model.visual.n_prefix)
     return state
 
-# %% ../nbs/09_clip.ipynb #c066
+# %% ../nbs/09_clip.ipynb #c130
+def _few(names): return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+# %% ../nbs/09_clip.ipynb #c133
+def _misfits(own, state):
+    "What in `state` does not fit, in words; nothing where all does."
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    wrong = [f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own if k in state and own[k].shape != state[k].shape]
+    return '; '.join(f'{what}: {_few(names)}' for what, names in (('missing', missing), ('unexpected', extra), ('of another shape', wrong)) if names)
+
+# %% ../nbs/09_clip.ipynb #c136
 def load_weights(
     model: nn.Module, # changed in place
     state: dict, # name → tensor, in this library's names
     assign: bool = False, # take the tensors themselves in place of copying them: for models built on `meta`
 ) -> nn.Module: # the same; raises `UserError` for missing, unexpected or mis-shaped tensors
     "Load weights, resizing position tables where the image size or the context length differs."
-    own, state = model.state_dict(), _fit_positions(model, state)
+    state = _fit_positions(model, state)
     if 'logit_scale' in state: state['logit_scale'] = state['logit_scale'].reshape(())
-    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own if k in state and own[k].shape != state[k].shape]
-    found = [f'{what}: {_few(names)}' for what, names in (('missing', missing), ('unexpected', extra), ('of another shape', wrong)) if names]
-    if found: raise UserError(f"these weights do not fit the model ({'; '.join(found)}): build the model from the configuration that belongs to the weights")
+    if found := _misfits(model.state_dict(), state): raise UserError(f'these weights do not fit the model ({found}): build the model from the configuration that belongs to the weights')
     model.load_state_dict(state, assign=assign)
     return model

@@ -91,12 +91,12 @@ TOY = Recipe(
     name='toy', tokenizer='toy', data=Data(kind='toy', name='demo', dials=(('glyphs', 0.1), ('say_colour', 0.9)), n=60_000),
     model=ModelConfig(
         image=Tower(width=128, depth=4, heads=4, mlp=512), text=Tower(width=128, depth=2, heads=4, mlp=512), embed_dim=128, patch=8, image_size=64,
-        context_length=17, vocab_size=256, positions='moco', cls=False, pool='avg', pre_norm=False, text_mask='none', text_pool='last', act='gelu',
+        context_length=17, vocab_size=256, positions='moco', cls=False, pool='avgmax', pre_norm=False, text_mask='none', text_pool='last', act='gelu',
         ln_eps=1e-6, init='small'),
     stages=(
-        Stage(name='reduced', image_size=32, context_length=9, text_strategy='syntax', samples=230_400, batch_size=128, base_lr=3e-3, warmup=100,
+        Stage(name='reduced', image_size=32, context_length=9, text_strategy='syntax', samples=256_000, batch_size=128, base_lr=3e-3, warmup=100,
               weight_decay=0.1, crop=(1., 1.)),
-        Stage(name='full', image_size=64, context_length=17, text_strategy='truncate', image_strategy='random', image_ratio=0.3, samples=51_200,
+        Stage(name='full', image_size=64, context_length=17, text_strategy='truncate', image_strategy='random', image_ratio=0.3, samples=57_600,
               batch_size=128, base_lr=2.4e-3, warmup=50, weight_decay=0.1, crop=(1., 1.)),
     ))
 

@@ -7,20 +7,20 @@ __all__ = ['TEXT_STRATEGIES', 'truncate', 'random_words', 'block_words', 'priori
            'text_strategy']
 
 # %% ../nbs/07_text_truncation.ipynb #c002
-import functools, re
+import functools
 import torch
 from .core import UserError, unknown
 
-# %% ../nbs/07_text_truncation.ipynb #c004
+# %% ../nbs/07_text_truncation.ipynb #c009
 def truncate(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
-    generator=None, # not needed: nothing is drawn
+    generator=None, # of no use here: nothing is drawn
 ) -> list: # the first k piece ids
     "Keep the beginning."
     return [i for _, ids in words for i in ids][:k]
 
-# %% ../nbs/07_text_truncation.ipynb #c006
+# %% ../nbs/07_text_truncation.ipynb #c012
 def _fill(words, order, k):
     "Piece ids of the words taken in `order` while they fit into k slots, back in the caption's order."
     kept, room = [], k
@@ -28,52 +28,55 @@ def _fill(words, order, k):
         n = len(words[w][1])
         if n <= room: kept.append(w); room -= n
         if not room: break
-    if not kept: return words[order[0]][1][:k]
+    if not kept: return list(words[order[0]][1][:k])
     kept.sort()
     return [i for w in kept for i in words[w][1]]
 
-# %% ../nbs/07_text_truncation.ipynb #c008
+# %% ../nbs/07_text_truncation.ipynb #c015
 def random_words(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
-    generator=None, # None is torch's default generator
+    generator=None, # None is torch's default one
 ) -> list: # at most k piece ids; all of them where they fit
     "Keep random words, in the caption's order."
     ids = [i for _, ids in words for i in ids]
     return ids if len(ids) <= k else _fill(words, torch.randperm(len(words), generator=generator).tolist(), k)
 
-# %% ../nbs/07_text_truncation.ipynb #c010
+# %% ../nbs/07_text_truncation.ipynb #c018
 def block_words(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
-    generator=None, # None is torch's default generator
+    generator=None, # None is torch's default one
 ) -> list: # at most k piece ids; all of them where they fit
-    "Keep neighbouring words, from a random place on, the last possible one included."
+    "Keep neighbouring words from a random place on."
     sizes = [len(ids) for _, ids in words]
     if sum(sizes) <= k: return truncate(words, k)
     last, tail = len(words) - 1, sizes[-1]
     while tail < k: last -= 1; tail += sizes[last]
-    start = int(torch.randint(last + 1, (), generator=generator))
-    return truncate(words[start:], k)
+    start, stop, room = int(torch.randint(last + 1, (), generator=generator)), 0, k
+    for stop in range(start, len(words)):
+        if sizes[stop] > room: break
+        room -= sizes[stop]
+    else: stop = len(words)
+    return truncate(words[start:max(stop, start + 1)], k)
 
-# %% ../nbs/07_text_truncation.ipynb #c012
+# %% ../nbs/07_text_truncation.ipynb #c021
 def priority(
-    tag: str, # Penn Treebank
-) -> int: # 0 for nouns (NN…), 1 for adjectives (JJ…), 2 for verbs (VB…), 3 for the rest
-    "CLIPA's order of importance."
+    tag: str, # Penn Treebank: NN, NNS, NNP, JJ, VBZ …
+) -> int: # 0 for nouns, 1 for adjectives, 2 for verbs, 3 for the rest
+    "CLIPA's order of importance (method.md 2.3)."
     return {'NN': 0, 'JJ': 1, 'VB': 2}.get(tag[:2], 3)
 
-# %% ../nbs/07_text_truncation.ipynb #c014
+# %% ../nbs/07_text_truncation.ipynb #c024
 class syntax:
-    "A strategy that keeps nouns first, then adjectives, verbs, the rest; among equals the earlier word; in the caption's order."
+    "A strategy: nouns first, then adjectives, verbs, the rest; among equals the earlier; in the caption's order."
     def __init__(self,
-        tagger, # list of words → list of tags; one with `context_free = True` is asked once a word
+        tagger, # list of words → list of tags; raises `UserError` if it is no function
     ):
         if not callable(tagger): raise UserError(f'found tagger {tagger!r}, expected a function from words to tags, such as rule_tagger')
-        self.tagger = tagger
-        self._forget()
+        self.tagger, self._rank = tagger, None
+        if getattr(tagger, 'context_free', False): self._rank = functools.lru_cache(2**16)(lambda w: priority(tagger([w])[0]))
 
-    def _forget(self): self._rank = functools.lru_cache(2**16)(lambda w: priority(self.tagger([w])[0])) if getattr(self.tagger, 'context_free', False) else None
     def __reduce__(self): return type(self), (self.tagger,)
     def __repr__(self): return f'syntax({getattr(self.tagger, "__name__", self.tagger)})'
 
@@ -81,76 +84,80 @@ class syntax:
         ids = [i for _, ids in words for i in ids]
         if len(ids) <= k: return ids
         texts = [w for w, _ in words]
-        ranks = list(map(self._rank, texts)) if self._rank else [priority(t) for t in self.tagger(texts)]
+        ranks = list(map(self._rank, texts)) if self._rank else list(map(priority, self.tagger(texts)))
+        if len(ranks) != len(words): raise UserError(f'{self.tagger} gave {len(ranks)} tags for {len(words)} words: it must give one for each')
         return _fill(words, sorted(range(len(words)), key=ranks.__getitem__), k)
 
-# %% ../nbs/07_text_truncation.ipynb #c016
+# %% ../nbs/07_text_truncation.ipynb #c027
 _CLOSED = dict(
     DT='a an the this that these those each every some any no another both all',
-    IN='in on at of with by for from into onto over under above below behind beside between near next along across through during after before against around about as if than like while because inside outside up down off out without within upon towards toward among per via until since beyond past',
+    IN='in on at of with by for from into onto over under above below behind beside between near next along across through during after before against around about as if than like while because inside outside up down off out without within upon towards toward among amid per via until since beyond past',
     CC='and or but nor yet plus', TO='to', EX='there', MD='can could will would shall should may might must',
-    PRP='i you he she it we they me him us them himself herself itself themselves', 
-    WDT='which who whom whose what', WRB='how when where why',
-    RB='not very too so also just here now then again together away back still even only ever never often always almost quite soon today tomorrow yesterday outdoors indoors else s t',
+    PRP='i you he she it we they me him us them himself herself itself themselves', WDT='which who whom whose what', WRB='how when where why',
+    RB="not very too so also just here now then again together away back still even only ever never often always almost quite soon today tomorrow yesterday outdoors indoors else s t 's 't 're 've 'm 'll 'd",
     CD='one two three four five six seven eight nine ten eleven twelve hundred thousand million dozen')
 _CLOSED['PRP$'] = 'my your his her its our their'
 
-# %% ../nbs/07_text_truncation.ipynb #c018
+# %% ../nbs/07_text_truncation.ipynb #c029
 _OPEN = dict(
-    JJ='red blue green yellow orange black white brown pink purple grey gray golden silver dark light bright pale small little tiny big large huge medium long short tall high low old new young modern fresh good great best better nice cute happy sad hot cold warm cool wet dry clean dirty empty full open closed closed heavy deep wide narrow thick thin round square flat soft hard simple plain quiet busy free real wooden elderly lovely lonely friendly early single double several many few more most other same different own such first second third last main top late fast slow rich poor strong sweet fine rare ready sharp steep wild raw ripe bare blonde blond male female asian african american european chinese japanese british french german italian indian',
-    NN='king ring thing string spring wing morning evening building ceiling wedding painting clothing bed shed seed weed red-head breed bread sled speed family assembly bus glass grass dress gas lens iris canvas lotus virus fungus analysis bass moss boss mess pass class cross news series species kitchen garden oven',
-    VBZ='is has does', VBP='are am have do', VBD='was were had did sat stood held rode wore ate ran went made took saw came gave found left', VB='be get go make see take')
-_VERBS = 'sit stand hold ride walk run eat wear look play jump sleep lie lay read write cook carry drive swim fly climb throw catch hit kick push pull drink smile laugh cry talk speak sing dance pose lean hang perform wait wave watch feed cut serve sell buy use show feature include contain cover surround fill create build turn move travel cross enjoy prepare celebrate attend arrive leave help learn need want know think love like work grow rest'
+    JJ='red blue green yellow orange black white brown pink purple grey gray golden silver dark light bright pale small little tiny big large huge medium long short tall high low old new young modern fresh good great best better nice cute happy sad hot cold warm cool wet dry clean dirty empty full open closed heavy deep wide narrow thick thin round square flat soft hard simple plain quiet busy free real wooden elderly lovely lonely friendly early single double several many few more most other same different own such first second third last main top late fast slow rich poor strong sweet fine rare ready sharp steep wild raw ripe bare blonde male female asian african american european chinese japanese british french german italian indian',
+    NN='spring string evening morning building ceiling wedding painting clothing earring pudding stocking bread breed sled speed family butterfly assembly vegetable bus glass grass dress gas lens iris canvas lotus virus fungus class cross boss moss pass series species animal hospital festival signal journal cathedral capital material crystal mineral music picnic fabric traffic clinic mosaic plastic ceramic goldfish',
+    VBZ='is has does', VBP='are am have do', VBD='was were had did sat stood held rode wore ate ran went made took saw came gave found', VB='be get go make see take')
+_VERBS = 'sit stand hold ride walk run eat wear look play jump sleep lie lay read write cook carry drive swim fly climb throw catch hit kick push pull drink smile laugh cry talk speak sing dance pose lean hang perform wait wave watch feed cut serve sell buy use show feature include contain cover surround fill create build turn move travel enjoy prepare celebrate attend arrive leave help learn need want know think love rest'
 
-# %% ../nbs/07_text_truncation.ipynb #c020
+# %% ../nbs/07_text_truncation.ipynb #c031
+def _third(verb):
+    "The third person of a regular verb."
+    if verb[-1] == 'y' and verb[-2] not in 'aeiou': return verb[:-1] + 'ies'
+    return verb + ('es' if verb.endswith(('s', 'sh', 'ch', 'x')) else 's')
+
 def _lexicon():
-    "word → tag of the short built-in lexicon; earlier lists win."
-    lexicon = {}
-    for tag, words in [*_CLOSED.items(), *_OPEN.items()]:
-        for w in words.split(): lexicon.setdefault(w, tag)
-    for v in _VERBS.split():
-        lexicon.setdefault(v + ('es' if v.endswith(('s', 'sh', 'ch', 'x')) else 's') if not v.endswith('y') or v[-2] in 'aeiou' else v[:-1] + 'ies', 'VBZ')
-        lexicon.setdefault(v, 'VB')
-    return lexicon
+    "word → tag of the short lexicon; where two lists have a word, the earlier one counts."
+    known = {}
+    for tag, words in [*_CLOSED.items(), *_OPEN.items(), ('VBZ', ' '.join(map(_third, _VERBS.split()))), ('VB', _VERBS)]:
+        for w in words.split(): known.setdefault(w, tag)
+    return known
 
 _LEXICON = _lexicon()
-_SUFFIXES = ((3, 'ing', 'VBG'), (3, 'ed', 'VBD'), (3, 'ly', 'RB'), (3, 'ous', 'JJ'), (3, 'ful', 'JJ'), (3, 'less', 'JJ'), (3, 'able', 'JJ'), (3, 'ible', 'JJ'), (3, 'ive', 'JJ'), (3, 'ish', 'JJ'), (3, 'ic', 'JJ'), (4, 'al', 'JJ'))
 
-# %% ../nbs/07_text_truncation.ipynb #c022
+# %% ../nbs/07_text_truncation.ipynb #c034
+_ENDINGS = (('ing', 3, 'VBG'), ('ed', 3, 'VBN'), ('ly', 3, 'RB'), ('ous', 3, 'JJ'), ('ful', 3, 'JJ'), ('less', 3, 'JJ'), ('able', 3, 'JJ'), ('ible', 3, 'JJ'),
+            ('ive', 3, 'JJ'), ('ish', 3, 'JJ'), ('ic', 4, 'JJ'), ('al', 4, 'JJ'))
+
 @functools.lru_cache(2**16)
 def _rule_tag(word):
-    "The tag of one word: lexicon, shape, suffix, and a noun where nothing else is known."
+    "The tag of one word."
     w = word.lower()
     if w in _LEXICON: return _LEXICON[w]
     if not any(c.isalnum() for c in w): return '.'
     if w[0].isdigit(): return 'CD'
-    tag = next((t for n, end, t in _SUFFIXES if w.endswith(end) and len(w) >= n + len(end)), None)
+    tag = next((tag for end, stem, tag in _ENDINGS if w.endswith(end) and len(w) >= stem + len(end)), None)
     return tag or ('NNS' if w.endswith('s') and not w.endswith('ss') else 'NN')
 
 def rule_tagger(
-    words, # in any order: each is judged alone
-) -> list: # Penn Treebank tags
+    words, # each is judged alone
+) -> list: # Penn Treebank tags, one for each
     "A small English tagger without downloads."
     return [_rule_tag(w) for w in words]
 
 rule_tagger.context_free = True
 
-# %% ../nbs/07_text_truncation.ipynb #c024
+# %% ../nbs/07_text_truncation.ipynb #c037
 class lexicon_tagger:
-    "A tagger that looks words up, and asks another one about words it does not know."
-    context_free = True
+    "A tagger that looks words up, and asks another one about those it does not know."
     def __init__(self,
-        lexicon: dict, # word → tag, as it is written or in lower case
-        fallback=rule_tagger, # for words that are not in it
+        lexicon: dict, # word → tag; where a word is there twice, the lower-case entry counts
+        fallback=rule_tagger, # for other words
     ):
         self.lexicon, self.fallback = {w.lower(): t for w, t in sorted(lexicon.items())}, fallback
-        self.__name__ = f'lexicon_tagger of {len(self.lexicon)} words'
         self.context_free = getattr(fallback, 'context_free', False)
 
+    def __repr__(self): return f'lexicon_tagger({len(self.lexicon)} words)'
     def __call__(self, words):
-        return [self.lexicon.get(w.lower()) or self.fallback([w])[0] for w in words]
+        tags = [self.lexicon.get(w.lower()) for w in words]
+        return tags if None not in tags else [t or other for t, other in zip(tags, self.fallback(words))]
 
-# %% ../nbs/07_text_truncation.ipynb #c026
+# %% ../nbs/07_text_truncation.ipynb #c044
 TEXT_STRATEGIES = ('truncate', 'random', 'block', 'syntax')
 
 def text_strategy(

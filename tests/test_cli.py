@@ -204,6 +204,30 @@ def test_smoke_twins_run(clipa, tmp_path, name):
     clipa('train', name, '--smoke', '--max-steps', '2', '--device', 'cpu', '--precision', 'fp32', '--workers', '0', '--out', tmp_path / name)
     assert (tmp_path / name / 'model' / 'open_clip_config.json').exists()
 
+def test_demo_in_a_tiny_setting(clipa, tmp_path):
+    done = clipa('demo', '--smoke', '--compare', '--max-steps', '4', '--device', 'cpu', '--seed', '5', '--workers', '1', cwd=tmp_path)
+    out = tmp_path / 'runs' / 'demo-smoke'
+    for words in ('tokens/image', 'chance', 'held-out pairs', 'shape alone', 'colour alone', 'R@5', 'handwritten digits', 'full length', 'blur'): assert words in done.stdout, words
+    r = report(out)
+    assert r['metrics']['val/digits-zeroshot-val-top1'] >= 0 and r['seed'] == 5
+    assert r['compare']['stages'][0]['name'] == 'full length' and len(r['examples']) == 12
+    assert all(s['tokens'] > 0 and s['samples_per_second'] > 0 for s in r['stages'])
+
+def test_comparison_can_be_asked_for_later(clipa, finished):
+    clipa(*SMOKE, '--out', finished, '--compare')
+    assert 'compare' in report(finished)
+
+def test_model_loads_as_a_package(finished):
+    import torch
+    from clipa_nb.pretrained import create_model_and_transforms, get_tokenizer
+    name = f'local-dir:{finished / "model"}'
+    model, train, val = create_model_and_transforms(name)
+    from PIL import Image
+    image = val(Image.new('RGB', (90, 70), 'red'))[None]
+    ids = get_tokenizer(name)(['a red star'])
+    with torch.no_grad(): z = model.eval().encode_image(image, normalize=True) @ model.encode_text(ids, normalize=True).T
+    assert z.shape == (1, 1) and abs(float(z)) <= 1
+
 def test_own_shards_are_read(clipa, tmp_path):
     clipa('data', 'make', tmp_path / 'shards', '--n', '200')
     clipa(*SMOKE, '--max-steps', '2', '--train-data', tmp_path / 'shards', '--out', tmp_path / 'run')

@@ -201,7 +201,8 @@ def test_masks_hold_the_colour():
     sc = scenes(World(n_objects=(1.,), noise=0.), 0, range(100)); x, m = render(sc, 64).float(), masks(sc, 64)[:, 0]
     inner = -torch.nn.functional.max_pool2d(-m[:, None].float(), 3, 1, 1)[:, 0] > 0
     for i in range(100):
-        assert (x[i][:, inner[i]] - torch.tensor(list(COLOURS.values())[sc.colour[i, 0]])[:, None].float()).abs().max() <= 16
+        off = (x[i][:, inner[i]] - torch.tensor(list(COLOURS.values())[sc.colour[i, 0]])[:, None].float()).abs().amax(0) > 1
+        assert off.float().mean() < 0.05 # the notch of a heart, the waist of a bow
 
 def test_labels_name_the_first_object():
     sc = scenes(DEMO, 0, range(500)); names = class_names('pairs')
