@@ -97,7 +97,8 @@ def test_dialects_of_tar(tmp_path, form):
 
 @pytest.mark.parametrize('share', [0.05, 0.2, 0.5, 0.77, 0.9, 0.97])
 def test_cut_tar_keeps_whole_samples_and_says_so(toy, tmp_path, share):
-    raw = (toy / '000000.tar').read_bytes(); (tmp_path / 'cut.tar').write_bytes(raw[:int(len(raw) * share)])
+    raw = (toy / '000000.tar').read_bytes(); _, last, size = members(toy / '000000.tar')[0][-1]
+    (tmp_path / 'cut.tar').write_bytes(raw[:int((last + size) * share)])
     with pytest.warns(UserWarning, match='is cut short'): s = Shards(tmp_path)
     full = Shards(toy)
     assert len(s) >= int(30 * share) - 1 and len(s.notes) == 1
@@ -165,6 +166,18 @@ def test_killed_writer_leaves_only_whole_shards(tmp_path):
     with pytest.raises(UserError, match='unfinished'): Shards(out)
     write_shards(samples(12), out, per_shard=10)
     assert sorted(p.name for p in out.iterdir()) == ['000000.tar', '000001.tar', 'sizes.json']
+
+
+def test_headers_are_ustar_and_take_nothing_from_the_machine(toy):
+    with tarfile.open(toy / '000000.tar') as t: rows = t.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in rows} == {(0, 0, 0, '', '', 0o644)}
+    assert (toy / '000000.tar').read_bytes()[257:265] == b'ustar\x0000' and [m.name for m in rows[:3]] == ['000000.jpg', '000000.txt', '000000.json']
+    assert members(toy / '000000.tar') == ([(m.name.encode(), m.offset_data, m.size) for m in rows], True)
+
+
+def test_key_that_no_header_holds(tmp_path):
+    with pytest.raises(UserError, match='does not fit the 100 bytes'): write_shards([('k' * 101, b'x', 'text', {})], tmp_path / 'x')
+    assert [p.name for p in (tmp_path / 'x').iterdir()] == ['.unfinished']
 
 
 def test_same_samples_same_bytes(toy, tmp_path):
