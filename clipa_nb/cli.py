@@ -10,7 +10,7 @@ __all__ = ['LINES', 'Flags', 'COMMANDS', 'Options', 'n_workers', 'effective', 'c
            'cost', 'eval_model', 'data', 'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped', 'main']
 
 # %% ../nbs/19_cli.ipynb #c002
-import json, os, platform, signal, sys, time
+import json, os, platform, shlex, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -25,7 +25,7 @@ from .pretrained import create_model_and_transforms, get_tokenizer, save_pretrai
 from .recipes import (RECIPES, Data, Recipe, Stage, best_captions, changes, digit_set, recipe as recipe_named, smoke as smoke_twin, stage_model,
                               stage_plan, stage_text, stage_transform, toy_samples, toy_sets, toy_suite, train_config)
 from .tokenizer import load_tokenizer, train_wordpiece
-from .trainer import Checkpoints, Log, Stopped, Task, file_hash, fit, interrupts, pack, read_log, run_evals, train_step, unpack, write_json
+from .trainer import Checkpoints, Log, Stopped, Task, TrainConfig, file_hash, fit, interrupts, pack, read_log, run_evals, train_step, unpack, write_json
 
 # %% ../nbs/19_cli.ipynb #c005
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Options(Config):
     workers: int = -1 # loader processes for each rank; -1: chosen by the number of cores
     batch_size: int = 0 # samples a GPU holds at a time; 0: its whole share of the recipe's batch
     max_steps: int = 0 # at most this many steps in each stage; 0: as the recipe says
-    checkpoint_steps: int = 0 # steps between checkpoints; 0: a tenth of each stage
+    checkpoint_steps: int = 0 # steps between checkpoints; 0: a tenth of each stage, at most 1000
     smoke: bool = False # the recipe's smoke twin: seconds on a CPU
     dry_run: bool = False # print the plan and stop
     compare: bool = False # also train at full length all along, for the same CPU time
@@ -48,11 +48,11 @@ class Options(Config):
 # %% ../nbs/19_cli.ipynb #c008
 def n_workers(
     asked: int, # the option; -1 chooses
-    ranks: int = 1, # processes on this machine
+    ranks: int = 1, # processes; those on this machine count, where torchrun says how many
 ) -> int: # loader processes
     "Loader processes for each rank."
     if asked < -1: raise UserError(f'--workers {asked}: use 0 or more, or leave it out')
-    return asked if asked >= 0 else max(0, min(8, (os.cpu_count() or 1) // ranks - 1))
+    return asked if asked >= 0 else max(0, min(8, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', ranks)) - 1))
 
 # %% ../nbs/19_cli.ipynb #c011
 def effective(
@@ -146,14 +146,15 @@ def trial_seconds(
     device, # where
     precision: str, # 'fp32' or 'amp_bf16'
     steps: int = 3, # timed ones, after one that warms up
-) -> float: # seconds for one step, without the loader
+    n: int = 0, # samples in a trial step; 0: the stage's batch
+) -> float: # seconds for one step of `n` samples, without the loader
     "The time of one step, from a few steps on random numbers."
     s, m = recipe.stages[i], stage_model(recipe, i)
     model = build_clip(m).to(device).train(); task = Task(model, Contrastive())
-    g = generator(0, 'trial')
-    batch = dict(image=torch.randint(0, 256, (s.batch_size, 3, s.image_size, s.image_size), generator=g, dtype=torch.uint8), text=torch.randint(1, m.vocab_size, (s.batch_size, s.context_length), generator=g))
+    g, n = generator(0, 'trial'), n or s.batch_size
+    batch = dict(image=torch.randint(0, 256, (n, 3, s.image_size, s.image_size), generator=g, dtype=torch.uint8), text=torch.randint(1, m.vocab_size, (n, s.context_length), generator=g))
     batch = {k: v.to(device) for k, v in batch.items()}
-    optimizer, cfg = make_optimizer(model, lr=s.lr, weight_decay=s.weight_decay), train_config(s, precision)
+    optimizer, cfg = make_optimizer(model, lr=s.lr, weight_decay=s.weight_decay), TrainConfig(precision=precision)
     spent = []
     for step in range(steps + 1):
         start = time.perf_counter(); float(train_step(task, task, batch, optimizer, step, cfg)['loss']); spent.append(time.perf_counter() - start)
@@ -164,26 +165,27 @@ def make_plan(
     recipe: Recipe, # the run
     options: Options, # seed, device, precision
     ranks: int = 1, # processes
-    trial: float = 2e12, # FLOPs of a step up to which it is tried out
+    trial: float = 2e12, # FLOPs of a step up to which a CPU tries it out; a GPU, 500 times as many
 ) -> dict: # what plan.json holds
     "The whole run as numbers; impossible sizes raise `UserError`."
-    device = pick_device(options.device); precision = pick_precision(options.precision, device)
-    stages = [stage_plan(recipe, i, ranks) for i in range(len(recipe.stages))]
+    device = rank_device(options.device); precision = pick_precision(options.precision, device)
+    stages = [stage_plan(recipe, i, ranks, options.batch_size) for i in range(len(recipe.stages))]
     for i, p in enumerate(stages):
-        train_config(recipe.stages[i], precision, ranks, options.batch_size or None)
-        fits = p['flops'] / p['steps'] <= trial and device.type == 'cpu' or device.type == 'cuda' and p['flops'] / p['steps'] <= 1e15
-        p['seconds'] = trial_seconds(recipe, i, device, precision) * p['steps'] / ranks if fits else None
-    return dict(recipe=recipe.to_dict(), seed=options.seed, device=str(device), precision=precision, ranks=ranks, stages=stages)
+        cfg = train_config(recipe.stages[i], precision, ranks, options.batch_size or None)
+        n = min(-(-p['batch'] // ranks // cfg.chunks), 1024)
+        fits = p['flops_per_sample'] * n <= (trial if device.type == 'cpu' else 500 * trial)
+        p['seconds'] = trial_seconds(recipe, i, device, precision, n=n) * p['steps'] * p['batch'] / (n * ranks) if fits else None
+    return dict(recipe=recipe.to_dict(), seed=options.seed, device=str(device), precision=precision, ranks=ranks, train_data=options.train_data, stages=stages)
 
 # %% ../nbs/19_cli.ipynb #c035
 def plan_table(
     plan: dict, # from `make_plan`
 ) -> str: # a few lines
     "The plan as a person reads it."
-    rows = [('stage', 'tokens/image', 'tokens/text', 'batch', 'steps', 'pairs', 'FLOPs', 'about')]
+    rows = [('stage', 'tokens/image', 'tokens/text', 'batch', 'steps', 'pairs', 'FLOPs', 'memory', 'about')]
     for p in plan['stages']:
         about = '–' if p['seconds'] is None else f"{p['seconds'] / 60:.1f} min" if p['seconds'] > 90 else f"{p['seconds']:.0f} s"
-        rows.append((p['stage'], p['image_tokens'], p['text_tokens'], f"{p['batch']:,}", f"{p['steps']:,}", f"{p['samples']:,}", f"{p['flops']:.2e}", about))
+        rows.append((p['stage'], p['image_tokens'], p['text_tokens'], f"{p['batch']:,}", f"{p['steps']:,}", f"{p['samples']:,}", f"{p['flops']:.2e}", f"{p['memory_bytes'] / 1e9:.1f} GB", about))
     widths = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
     head = f"{plan['recipe']['name']}, seed {plan['seed']}, {plan['device']}, {plan['precision']}, {plan['ranks']} process{'es' if plan['ranks'] > 1 else ''}"
     return '\n'.join([head] + ['  ' + '  '.join(f'{str(c):>{w}s}' if i else f'{c:<{w}s}' for i, (c, w) in enumerate(zip(row, widths))) for row in rows])
@@ -196,11 +198,12 @@ class Run:
         options: Options, # where and how
         out: Path, # claimed
         comm=LOCAL, # ranks
+        source=None, # the pairs, where they are open already
     ):
         self.recipe, self.options, self.out, self.comm = recipe, options, out, comm
         self.device = rank_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
-        self.source = open_data(recipe, out, options, comm, self.device)
+        self.source = source or open_data(recipe, out, options, comm, self.device)
         self.tokenizer = open_tokenizer(recipe, self.source, out, comm, self.device)
         self.checkpoints = Checkpoints(out / 'checkpoints')
         self.tally = [dict(seconds=0., cpu_seconds=0.) for _ in recipe.stages]
@@ -272,20 +275,21 @@ def train_stage(
     task, optimizer, start = begin_stage(run, i, weights, restored)
     model, watch, earlier = task.model, Stopwatch(**run.tally[i]), run.recipe.stages[:i]
     cfg = train_config(stage, run.precision, comm.size, options.batch_size or None, log_every=max(1, min(20, stage.steps // 10)),
-                       save_every=options.checkpoint_steps or max(1, stage.steps // 10), eval_every=stage.steps // (1 if options.smoke else 4) or 1)
+                       save_every=options.checkpoint_steps or min(1000, stage.steps // 10) or 1, eval_every=stage.steps // (1 if options.smoke else 4) or 1)
     first, seen, evals = run.before(i), sum(s.steps * s.batch_size for s in earlier), {k: watch.without(f) for k, f in quick_evals(run, i).items()}
-    log = Log(run.out / 'metrics.jsonl', first + start) if comm.rank == 0 else (lambda **row: None)
+    log = Log(run.out / 'metrics.jsonl', first + start, '' if start else stage.name) if comm.rank == 0 else (lambda **row: None)
     def record(step, **row):
         spent = {k: round(v + sum(t[k] for t in run.tally[:i]), 2) for k, v in watch.read().items()}
         log(step=first + step, stage=stage.name, samples=seen + step * stage.batch_size, **row, **spent)
     def save(step):
         run.tally[i] = watch.read()
         if comm.rank == 0: run.checkpoints.save(first + step, pack(model, optimizer), dict(stage=i, stage_step=step, tally=run.tally))
+        wait(comm, run.device)
     if i and not start: record(0, **run_evals(evals, model, comm))
     data = loader(run.batches(i), start, cfg.steps, n_workers(options.workers, comm.size), run.device)
     with tqdm(total=cfg.steps, initial=start, desc=stage.name, unit='step', disable=None if comm.rank == 0 else True) as bar:
         tell = lambda n, row: (bar.update(n), row and bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {row['train/samples_per_second']:,.0f} pairs/s"))
-        fit(comm.wrap(task), task, data, optimizer, cfg, options.seed, start, comm, record, save, tell, got, evals, check=lambda: same_gradients(model, comm))
+        fit(comm.wrap(task), task, data, optimizer, cfg, seed_of(options.seed, 'stage', i), start, comm, record, save, tell, got, evals, check=lambda: same_gradients(model, comm))
     return model
 
 # %% ../nbs/19_cli.ipynb #c053
@@ -295,10 +299,11 @@ def train_stages(
 ): # the model after the last stage
     "All stages in order, from wherever the directory says the run is."
     found, weights = run.checkpoints.latest(), None
-    at = found[1]['stage'] if found else 0
-    for i in range(at, len(run.recipe.stages)):
-        model = train_stage(run, i, weights, found if found and i == at else None, got)
-        weights = model.state_dict()
+    step = torch.tensor(float(found[1]['step'] if found else -1))
+    if run.comm.all_max(step) != -run.comm.all_max(-step): raise UserError(f'--out {run.out}: ranks find different checkpoints there; use a directory that all of them share')
+    for i in range(found[1]['stage'] if found else 0, len(run.recipe.stages)):
+        model = train_stage(run, i, weights, found, got)
+        found, weights = None, model.state_dict()
     return model
 
 # %% ../nbs/19_cli.ipynb #c056
@@ -378,7 +383,7 @@ def draw_report(
     named = lambda metrics: {label: score for label, score, _ in headlines(metrics)}
     curves = {key: label for label, key, _ in LINES[:3] + LINES[4:5]}
     rows = [{curves.get(k, k) if k[:4] != 'val/' else 'val/' + curves[k]: v for k, v in r.items() if k[:4] != 'val/' or k in curves} for r in read_log(out / 'metrics.jsonl')]
-    viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts=shift_scores(report['metrics']), history=rows, examples=examples,
+    viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts={'fonts (digits)' if k == 'fonts' else k: v for k, v in shift_scores(report['metrics']).items()}, history=rows, examples=examples,
                             compare=compare and named(compare['metrics']), chance={label: c for label, _, c in headlines(report['metrics'])}), out / 'report.png')
 
 # %% ../nbs/19_cli.ipynb #c071
@@ -387,15 +392,16 @@ def finish(
     model, # the trained model
     compare: dict = None, # the report of the full-length run
 ) -> dict: # the report
-    "Evaluate, save the model, draw, and write the report last."
-    options, scores_examples = run.options, evaluate(model, run.tokenizer, run.recipe, run.options.seed, run.comm, run.options.smoke)
-    scores, examples = scores_examples
-    report = dict(recipe=run.recipe.name, seed=options.seed, device=str(run.device), precision=run.precision, metrics=scores, stages=stage_rows(run),
-                  versions=dict(torch=torch.__version__, python=platform.python_version()), hardware=f'{platform.machine()}, {os.cpu_count()} cores' if run.device.type == 'cpu' else torch.cuda.get_device_name(run.device))
-    if compare: report['compare'] = {k: compare[k] for k in ('metrics', 'stages')}
+    "Save the model, evaluate, draw, and write the report last."
+    options = run.options
     if run.comm.rank == 0:
         save_pretrained(model, run.out / 'model', tokenizer=run.tokenizer)
         write_json(run.out / 'model' / 'recipe.json', dict(recipe=run.recipe.to_dict(), seed=options.seed, smoke=options.smoke))
+    scores, examples = evaluate(model, run.tokenizer, run.recipe, options.seed, run.comm, options.smoke)
+    report = dict(recipe=run.recipe.name, seed=options.seed, device=str(run.device), precision=run.precision, metrics=scores, stages=stage_rows(run),
+                  versions=dict(torch=torch.__version__, python=platform.python_version()), hardware=torch.cuda.get_device_name(run.device) if run.device.type == 'cuda' else f'{platform.machine()}, {os.cpu_count()} cores')
+    if compare: report['compare'] = {k: compare[k] for k in ('metrics', 'stages')}
+    if run.comm.rank == 0:
         draw_report(report, examples, run.out, compare)
         write_json(run.out / 'report.json', dict(report, examples=[{k: e[k] for k in ('true', 'best', 'right')} for e in examples]))
     wait(run.comm, run.device)
@@ -418,9 +424,9 @@ def run(
     if report and ('compare' in report or not options.compare):
         say(f'{out} is finished; this is its report\n{report_table(report)}'); return report
     plan = make_plan(recipe, options, comm.size); say(plan_table(plan))
-    if options.train_data: open_pairs(options.train_data)
+    source = open_pairs(options.train_data) if options.train_data else None
     if comm.rank == 0 and not (out / 'plan.json').exists(): write_json(out / 'plan.json', plan)
-    this = Run(recipe, options, out, comm)
+    this = Run(recipe, options, out, comm, source)
     with interrupts() as got: model = train_stages(this, got)
     other = compare_run(this) if options.compare else None
     report = finish(this, model, other)
@@ -504,12 +510,17 @@ def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: st
     return report
 
 # %% ../nbs/19_cli.ipynb #c097
-def data(action: Positional[Literal['make', 'check']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
-    "Make toy shards in a folder, or read shards through and count what is wrong with them."
+def data(action: Positional[Literal['make', 'check', 'index']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
+    "Make toy shards in a folder; read shards through and count what is wrong with them; or count their pairs into sizes.json."
     if action == 'make':
         files = write_shards(tqdm(toy_samples(Data(kind='toy', name=world, n=n), seed), total=n, unit='img', disable=None), path)
         return print(f'{n} pairs in {len(files)} shards under {path}')
     source, bad = Shards(path), {}
+    if action == 'index':
+        counts = torch.from_numpy(source.shard.astype('int64')).bincount(minlength=len(source.paths)).tolist()
+        sizes = {Path(p).name: n for p, n in zip(source.paths, counts)}
+        write_json(Path(source.paths[0]).parent / 'sizes.json', sizes)
+        return print(f"{len(source)} pairs in {len(sizes)} shards; sizes.json written beside them")
     for i in tqdm(range(len(source)), unit='pair', disable=None):
         row = source.read(i)
         try: eval_image(row['image'], Transform(size=32, mode='squash'))
@@ -530,25 +541,28 @@ def rate(
 def measure(
     this: Run, # opened
     stage: Stage, # whose step is measured
-) -> dict: # samples a second of reading, decoding, the step and, across ranks, the gather
+) -> dict: # samples a second on this rank: reading, one process decoding, the loader with its workers, the step and, across ranks, the gather
     "Each part of a training step, apart."
-    b, batches, workers = stage.batch_size, this.batches(0), n_workers(this.options.workers, this.comm.size)
-    out = dict(read=rate(lambda: [this.source.read(i % len(this.source)) for i in range(b)], b), decode=rate(lambda: batches[0], b / this.comm.size) * max(1, workers))
-    out['step'] = b / trial_seconds(this.recipe, 0, this.device, this.precision)
-    z = torch.zeros(b // this.comm.size, this.recipe.model.embed_dim, device=this.device)
-    if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), b)
+    share, batches, workers = stage.batch_size // this.comm.size, this.batches(0), n_workers(this.options.workers, this.comm.size)
+    out = dict(read=rate(lambda: [this.source.read(i % len(this.source)) for i in range(share)], share), decode=rate(lambda: batches[0], share))
+    data = iter(loader(batches, 0, 12, workers, this.device)); next(data)
+    out['loader'] = rate(lambda: [next(data) for _ in range(5)], 5 * share)
+    out['step'] = share / trial_seconds(this.recipe, 0, this.device, this.precision, n=share)
+    z = torch.zeros(share, this.recipe.model.embed_dim, device=this.device)
+    if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), share)
     return out
 
 # %% ../nbs/19_cli.ipynb #c106
 def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     "Measure reading, decoding, the loader, the step and the gather apart, and name the bottleneck."
     import tempfile
-    r = effective(recipe_named(recipe), options); s = r.stages[0]
+    comm, r = connect(options.device), effective(recipe_named(recipe), options)
+    if comm.size > 1 and not options.out: raise UserError('doctor under torchrun needs --out, a directory that all ranks share')
+    few = r.with_stages(batch_size=min(r.stages[0].batch_size, 512 * comm.size)).replace(data=r.data.replace(n=min(r.data.n, 4096)))
     with tempfile.TemporaryDirectory() as folder:
-        probe = r.replace(data=r.data.replace(n=min(r.data.n, 8 * s.batch_size)))
-        this = Run(probe, options, Path(options.out or folder), connect(options.device)); rates = measure(this, s)
+        rates = measure(Run(few, options, Path(options.out or folder), comm), few.stages[0])
     for k, v in rates.items(): print(f'  {k:10s} {v:12,.0f} samples/s')
-    print(f'the bottleneck is: {min(rates, key=rates.get)}')
+    print(f"the bottleneck is: {min((k for k in rates if k != 'decode'), key=rates.get)}")
     return rates
 
 # %% ../nbs/19_cli.ipynb #c109
@@ -568,7 +582,8 @@ COMMANDS = {'demo': demo, 'train': train, 'eval': eval_model, 'cost': cost, 'rec
 
 def stopped(e: Stopped, argv: list) -> int: # the exit code
     "Say how to go on."
-    print(f"clipa: stopped by {e}; a checkpoint is kept. To go on: clipa {' '.join(argv)}", file=sys.stderr)
+    again = 'the same torchrun command' if 'TORCHELASTIC_RUN_ID' in os.environ else f'clipa {shlex.join(argv)}'
+    if os.environ.get('RANK', '0') == '0': print(f'clipa: stopped by {e}; a checkpoint is kept. To go on: {again}', file=sys.stderr)
     return 130 if e.signum == signal.SIGINT else 75
 
 # %% ../nbs/19_cli.ipynb #c118
@@ -585,6 +600,7 @@ def main(
     except KeyboardInterrupt: print('clipa: interrupted', file=sys.stderr); return 130
     except Exception as e:
         if '--debug' in argv: raise
+        if isinstance(e, torch.OutOfMemoryError): print('clipa: out of memory: hold fewer samples at a time with --batch-size; the plan says what is needed', file=sys.stderr)
         print(f'clipa: failed: {type(e).__name__}: {e} (run again with --debug for the traceback)', file=sys.stderr); return 1
     finally: disconnect()
     return 0

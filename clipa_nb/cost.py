@@ -43,6 +43,13 @@ SIZES = {s.name: s for s in (
     Size('bigG/14', Tower(1664, 48, 16, 8192), _text_g, 1280, 14))}
 
 # %% ../nbs/03_cost.ipynb #c014
+def _n_patches(image_size: int, patch: int) -> int:
+    "Patches of a square image; raises `UserError` where they do not fill it."
+    side = image_size // patch
+    if image_size % patch or not side: raise UserError(f'image size {image_size} is not divisible by patch {patch}: use {max(1, side) * patch}')
+    return side ** 2
+
+# %% ../nbs/03_cost.ipynb #c017
 def n_tokens(
     image_size: int,    # pixels along the side
     patch: int,         # pixels along a patch's side
@@ -50,12 +57,12 @@ def n_tokens(
     cls: bool = True,   # is there a class token?
 ) -> int: # raises `UserError` for sizes that do not fit
     "Tokens the image tower's layers see."
-    if image_size % patch or image_size < patch: raise UserError(f'image size {image_size} is not divisible by patch {patch}: use {max(1, image_size // patch) * patch}')
-    kept = int((image_size // patch) ** 2 * (1 - ratio)) if 0 <= ratio < 1 else 0
-    if not kept: raise UserError(f'dropping a share of {ratio} of {(image_size // patch) ** 2} patches leaves none: use a ratio in [0, 1)')
+    patches = _n_patches(image_size, patch)
+    kept = int(patches * (1 - ratio)) if 0 <= ratio < 1 else 0
+    if not kept: raise UserError(f'dropping a share of {ratio} of {patches} patches leaves none: use a ratio in [0, 1)')
     return kept + cls
 
-# %% ../nbs/03_cost.ipynb #c019
+# %% ../nbs/03_cost.ipynb #c022
 def tower_flops(
     tower: Tower,  # width, depth and MLP
     n: int,        # tokens its layers see
@@ -64,7 +71,7 @@ def tower_flops(
     d, h = tower.width, tower.mlp
     return tower.depth * (n * (8 * d * d + 4 * d * h) + 4 * n * n * d)
 
-# %% ../nbs/03_cost.ipynb #c024
+# %% ../nbs/03_cost.ipynb #c027
 def pair_flops(
     size,              # a `Size`, or anything with `image`, `text` and `patch`
     image_tokens: int, # tokens the image tower's layers see, the class token included
@@ -76,7 +83,7 @@ def pair_flops(
     parts = dict(embed=2 * patches * 3 * size.patch ** 2 * size.image.width, image=tower_flops(size.image, image_tokens), text=tower_flops(size.text, text_tokens))
     return dict(parts, total=sum(parts.values()))
 
-# %% ../nbs/03_cost.ipynb #c031
+# %% ../nbs/03_cost.ipynb #c034
 def train_flops(
     size,              # a `Size`, or anything with its towers, patch and embed_dim
     image_tokens: int, # tokens the image tower's layers see
@@ -89,7 +96,7 @@ def train_flops(
     p = pair_flops(size, image_tokens, text_tokens, image_size)
     return 3 * p['total'] + (p['image'] + p['text']) * (checkpointing == 'full') + 6 * batch * size.embed_dim
 
-# %% ../nbs/03_cost.ipynb #c034
+# %% ../nbs/03_cost.ipynb #c037
 def tower_parameters(
     tower: Tower, # width, depth and MLP
 ) -> int:
@@ -97,7 +104,7 @@ def tower_parameters(
     d, h = tower.width, tower.mlp
     return tower.depth * (4 * d * d + 2 * d * h + 9 * d + h)
 
-# %% ../nbs/03_cost.ipynb #c037
+# %% ../nbs/03_cost.ipynb #c040
 def parameters(
     size,               # a `Size`, or anything with its towers, patch and embed_dim
     vocab: int = 32000, # rows of the word table
@@ -110,7 +117,7 @@ def parameters(
     text = tower_parameters(size.text) + (vocab + context) * t + 2 * t + t * e
     return dict(image=image, text=text, total=image + text + 1)
 
-# %% ../nbs/03_cost.ipynb #c041
+# %% ../nbs/03_cost.ipynb #c044
 def activation_bytes(
     tower: Tower, # width, depth and MLP
     n: int,       # tokens its layers see
@@ -122,7 +129,7 @@ def activation_bytes(
     layer = n * ((6 * w + 8) * tower.width + 2 * w * tower.mlp)
     return 4 * n * tower.width * tower.depth + layer if checkpointing == 'full' else tower.depth * layer
 
-# %% ../nbs/03_cost.ipynb #c045
+# %% ../nbs/03_cost.ipynb #c048
 def memory(
     size,              # a `Size`, or anything with its towers, patch and embed_dim
     image_tokens: int, # tokens the image tower's layers see
@@ -142,10 +149,11 @@ def memory(
                  logits=4 * 4 * side[0] * side[1])
     return dict(parts, total=sum(parts.values()))
 
-# %% ../nbs/03_cost.ipynb #c049
+# %% ../nbs/03_cost.ipynb #c052
 HARDWARE = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12} # peak FLOP/s, dense bf16
 PRICE = 1.575 # dollars for one A100 hour, as the published budgets imply
 
+# %% ../nbs/03_cost.ipynb #c054
 def measure_flops(
     device: torch.device,   # where to multiply
     precision: str = 'fp32', # or 'amp_bf16'
@@ -159,7 +167,7 @@ def measure_flops(
     while time.perf_counter() - start < seconds: a @ a; wait(); count += 1
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
-# %% ../nbs/03_cost.ipynb #c052
+# %% ../nbs/03_cost.ipynb #c057
 def hours(
     flops: float,            # the work
     flops_per_second: float, # the peak of one device, or a measured rate
@@ -168,7 +176,7 @@ def hours(
     "Device hours for an amount of work."
     return flops / (flops_per_second * mfu) / 3600
 
-# %% ../nbs/03_cost.ipynb #c055
+# %% ../nbs/03_cost.ipynb #c060
 def dollars(
     hours: float, # device hours
     price: float = PRICE, # for one of them
@@ -176,7 +184,7 @@ def dollars(
     "What they cost."
     return hours * price
 
-# %% ../nbs/03_cost.ipynb #c064
+# %% ../nbs/03_cost.ipynb #c069
 def si(
     value: float, # a number ≥ 0
     unit: str = '', # such as 'FLOP' or 'B'
@@ -187,7 +195,7 @@ def si(
         value /= 1000
     return f'{value:.3g} Y{unit}'
 
-# %% ../nbs/03_cost.ipynb #c067
+# %% ../nbs/03_cost.ipynb #c072
 def plan(
     size,              # a `Size` or model configuration: `image`, `text`, `embed_dim`, `patch`
     image_tokens: int, # tokens the image tower's layers see

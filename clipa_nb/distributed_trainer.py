@@ -32,15 +32,16 @@ def _join(rank, size, device, timeout, init='env://'):
     dist.init_process_group(backend, init_method=init, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout))
     return Ranks(rank, size)
 
+# %% ../nbs/14_distributed_trainer.ipynb #c015
 def disconnect():
     "Leave the process group, if this process is in one."
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/14_distributed_trainer.ipynb #c015
+# %% ../nbs/14_distributed_trainer.ipynb #c018
 class RankError(RuntimeError):
     "A rank failed; the message ends with its traceback."
 
-# %% ../nbs/14_distributed_trainer.ipynb #c018
+# %% ../nbs/14_distributed_trainer.ipynb #c021
 def _child(fn, args, rank, size, store, timeout, pipe):
     "One rank of `spawn`: join, run, send back (what happened, result, what was printed)."
     torch.set_num_threads(1)
@@ -57,7 +58,7 @@ def _child(fn, args, rank, size, store, timeout, pipe):
     pipe.recv_bytes()
     os._exit(0)
 
-# %% ../nbs/14_distributed_trainer.ipynb #c021
+# %% ../nbs/14_distributed_trainer.ipynb #c024
 def _open(rank, pipe):
     "(result, printed) of one rank, or the error it ended with."
     try: kind, result, printed = pickle.loads(pipe.recv_bytes())
@@ -66,7 +67,7 @@ def _open(rank, pipe):
     if kind == 'failed': raise RankError(f'rank {rank} failed\n{result}')
     return result, printed
 
-# %% ../nbs/14_distributed_trainer.ipynb #c024
+# %% ../nbs/14_distributed_trainer.ipynb #c027
 def _collect(ranks, pipes, timeout):
     "Each rank's answer; raises as soon as one rank fails, or when time is up."
     answers, deadline = {}, time.monotonic() + timeout
@@ -79,7 +80,7 @@ def _collect(ranks, pipes, timeout):
             elif ranks[r].sentinel in ready: raise RankError(f'rank {r} died without a word')
     return [answers[r] for r in range(len(pipes))]
 
-# %% ../nbs/14_distributed_trainer.ipynb #c027
+# %% ../nbs/14_distributed_trainer.ipynb #c030
 class _ByValue:
     "Pickled, it becomes what it holds, by value."
     def __init__(self, held): self.held = held
@@ -87,7 +88,7 @@ class _ByValue:
         cloudpickle = need('cloudpickle', 'dev', 'starting ranks in fresh processes')
         return cloudpickle.loads, (cloudpickle.dumps(self.held),)
 
-# %% ../nbs/14_distributed_trainer.ipynb #c030
+# %% ../nbs/14_distributed_trainer.ipynb #c033
 def spawn(
     fn, # called as `fn(comm, *args)` on every rank
     n: int, # how many ranks
@@ -117,7 +118,7 @@ def spawn(
         for line in printed.splitlines(): print(f'[rank {r}] {line}')
     return [result for result, _ in answers]
 
-# %% ../nbs/14_distributed_trainer.ipynb #c033
+# %% ../nbs/14_distributed_trainer.ipynb #c036
 def all_sum(
     self: Ranks,
     x, # any tensor, the same shape on every rank
@@ -127,6 +128,9 @@ def all_sum(
     dist.all_reduce(y, dist.ReduceOp.SUM)
     return y
 
+Ranks.all_sum = all_sum
+
+# %% ../nbs/14_distributed_trainer.ipynb #c039
 def all_max(
     self: Ranks,
     x, # any tensor, the same shape on every rank
@@ -136,9 +140,9 @@ def all_max(
     dist.all_reduce(y, dist.ReduceOp.MAX)
     return y
 
-Ranks.all_sum, Ranks.all_max = all_sum, all_max
+Ranks.all_max = all_max
 
-# %% ../nbs/14_distributed_trainer.ipynb #c036
+# %% ../nbs/14_distributed_trainer.ipynb #c042
 def reduce_scatter(
     self: Ranks,
     x_B, # [B, …], the same shape on every rank
@@ -151,7 +155,7 @@ def reduce_scatter(
 
 Ranks.reduce_scatter = reduce_scatter
 
-# %% ../nbs/14_distributed_trainer.ipynb #c040
+# %% ../nbs/14_distributed_trainer.ipynb #c046
 class _Gather(torch.autograd.Function):
     "All-gather whose backward is `reduce_scatter`."
     @staticmethod
@@ -163,6 +167,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_B): return ctx.comm.reduce_scatter(grad_B), None
 
+# %% ../nbs/14_distributed_trainer.ipynb #c049
 def gather(
     self: Ranks,
     x_b, # [b, …], the same shape on every rank
@@ -172,7 +177,7 @@ def gather(
 
 Ranks.gather = gather
 
-# %% ../nbs/14_distributed_trainer.ipynb #c043
+# %% ../nbs/14_distributed_trainer.ipynb #c052
 def wrap(
     self: Ranks,
     module: nn.Module, # its forward computes all that the loss is made from; it holds every trained parameter, frozen ones already frozen
@@ -181,9 +186,11 @@ def wrap(
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained: return module
     quiet = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters else 'broadcast_buffers'
-    ids = [trained[0].device] if trained[0].is_cuda else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **{quiet: False})
+    return DistributedDataParallel(module, device_ids=[trained[0].device] if trained[0].is_cuda else None, gradient_as_bucket_view=True, **{quiet: False})
 
+Ranks.wrap = wrap
+
+# %% ../nbs/14_distributed_trainer.ipynb #c055
 def no_sync(
     self: Ranks,
     module: nn.Module, # what `wrap` returned
@@ -191,9 +198,9 @@ def no_sync(
     "Inside this context gradients pile up on each rank; the first backward pass after it averages the pile."
     return module.no_sync() if hasattr(module, 'no_sync') else contextlib.nullcontext()
 
-Ranks.wrap, Ranks.no_sync = wrap, no_sync
+Ranks.no_sync = no_sync
 
-# %% ../nbs/14_distributed_trainer.ipynb #c050
+# %% ../nbs/14_distributed_trainer.ipynb #c062
 def same_gradients(
     module: nn.Module, # after a backward pass
     comm=LOCAL, # who to compare with
@@ -211,7 +218,7 @@ def same_gradients(
         raise UserError(f'gradients differ between ranks in {len(bad)} of {len(named)} parameters, first {named[i][0]} '
                         f'(norms {low[i]:.4g} to {high[i]:.4g}): call the module that comm.wrap returned, not the one inside it')
 
-# %% ../nbs/14_distributed_trainer.ipynb #c053
+# %% ../nbs/14_distributed_trainer.ipynb #c065
 def rank_device(
     device: str = 'auto', # as for `pick_device`
 ) -> torch.device: # this rank's own: CUDA devices are dealt out by LOCAL_RANK
@@ -221,29 +228,35 @@ def rank_device(
     if kind == 'auto': kind = 'cuda' if torch.cuda.is_available() else 'cpu'
     return pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == 'cuda' else kind)
 
-# %% ../nbs/14_distributed_trainer.ipynb #c056
+# %% ../nbs/14_distributed_trainer.ipynb #c068
 LAUNCH = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
+def _launched(env) -> bool:
+    "Did somebody launch several processes? Raises `UserError` where the five variables are only partly set."
+    found = [k for k in LAUNCH if k in env]
+    if 'RANK' not in found and 'WORLD_SIZE' not in found: return False
+    missing = ', '.join(k for k in LAUNCH if k not in found)
+    if missing: raise UserError(f"launched with {', '.join(found)} but without {missing}: start the program with torchrun, or unset them")
+    return True
+
+# %% ../nbs/14_distributed_trainer.ipynb #c071
 def connect(
     device: str = 'auto', # as for `pick_device`
     timeout: float = 600., # seconds a collective may wait for the slowest rank
 ): # `Ranks` where several processes were launched, else `LOCAL`; raises `UserError` for a half-set environment
     "The comm of this process, from the environment that `torchrun` sets."
-    found = [k for k in LAUNCH if k in os.environ]
-    if 'RANK' not in found and 'WORLD_SIZE' not in found: return LOCAL
-    if len(found) < len(LAUNCH):
-        missing = ', '.join(k for k in LAUNCH if k not in found)
-        raise UserError(f"launched with {', '.join(found)} but without {missing}: start the program with torchrun, or unset them")
+    if not _launched(os.environ): return LOCAL
     rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     return LOCAL if size == 1 else _join(rank, size, rank_device(device), timeout)
 
-# %% ../nbs/14_distributed_trainer.ipynb #c059
+# %% ../nbs/14_distributed_trainer.ipynb #c074
 def is_main(
     comm, # any comm
 ) -> bool: # True on rank 0 and for `LOCAL`
     "Is this the process that prints and saves?"
     return comm.rank == 0
 
+# %% ../nbs/14_distributed_trainer.ipynb #c077
 def say(
     comm, # any comm
     *words, # as for `print`

@@ -18,7 +18,7 @@ def contrastive(
     targets_text, # the same for the texts
     label_smoothing: float = 0., # this share of every target is spread evenly over the columns
 ) -> dict: # 'loss', 'loss_image', 'loss_text'
-    "Cross-entropy in both directions, and their mean (method.md 4)."
+    "Cross-entropy in both directions, and their mean."
     loss_image = F.cross_entropy(logits_image, targets_image, label_smoothing=label_smoothing)
     loss_text = F.cross_entropy(logits_text, targets_text, label_smoothing=label_smoothing)
     return dict(loss=(loss_image + loss_text) / 2, loss_image=loss_image, loss_text=loss_text)
@@ -34,15 +34,18 @@ class _Targets:
         count = lambda side: torch.searchsorted(order, self.key_B, right=side)
         self.weight_B = None if self.plain else (count(True) - count(False)).to(image_bE).reciprocal()
 
-    def tile(self, i, j, height, width):
-        "Weights of rows i … and columns j … as [height, width], or None where all are zero; without a key they are bool."
-        i = i + self.offset
-        if self.plain and (i + height <= j or j + width <= i): return None
-        same = self.key_B[i:i + height, None] == self.key_B[None, j:j + width]
-        return same if self.plain else same * self.weight_B[i:i + height, None]
-
 # %% ../nbs/10_infonce.ipynb #c028
-def _check_shapes(image_bE, text_bE, key, chunk, label_smoothing):
+def _tile(self, i, j, height, width):
+    "Weights of rows i … and columns j … as [height, width], or None where all are zero; without a key they are bool."
+    i = i + self.offset
+    if self.plain and (i + height <= j or j + width <= i): return None
+    same = self.key_B[i:i + height, None] == self.key_B[None, j:j + width]
+    return same if self.plain else same * self.weight_B[i:i + height, None]
+
+_Targets.tile = _tile
+
+# %% ../nbs/10_infonce.ipynb #c031
+def _check_shapes(image_bE, text_bE, key):
     "Refuse what cannot be a batch of pairs."
     if image_bE.ndim != 2 or image_bE.shape != text_bE.shape or not len(image_bE):
         raise UserError(f'image features {tuple(image_bE.shape)} and text features {tuple(text_bE.shape)}: expected both as [b, E], one row a pair')
@@ -50,11 +53,15 @@ def _check_shapes(image_bE, text_bE, key, chunk, label_smoothing):
         raise UserError(f'features of type {image_bE.dtype} and {text_bE.dtype}: expected floating point')
     if key is not None and (key.shape != image_bE.shape[:1] or key.is_floating_point()):
         raise UserError(f'key of shape {tuple(key.shape)} and type {key.dtype}: expected {len(image_bE)} integers, one a pair')
+
+# %% ../nbs/10_infonce.ipynb #c034
+def _check_options(chunk, label_smoothing):
+    "Refuse a size of tiles or a smoothing that means nothing."
     if not (chunk is None or chunk == 'auto' or (isinstance(chunk, int) and chunk > 0)):
         raise UserError(f"chunk {chunk!r}: expected None, a positive integer or 'auto'")
     if not 0 <= label_smoothing < 1: raise UserError(f'label smoothing {label_smoothing}: expected a share from 0 to below 1')
 
-# %% ../nbs/10_infonce.ipynb #c031
+# %% ../nbs/10_infonce.ipynb #c037
 def _check_ranks(image_bE, comm):
     "Every rank must bring as many rows of the same width; all ranks raise together, before anyone waits."
     if comm.size == 1: return
@@ -63,7 +70,7 @@ def _check_ranks(image_bE, comm):
     found = ', '.join(f'rank {r} {b}×{e}' for r, (b, e) in enumerate(shapes))
     raise UserError(f'ranks bring features of different shapes: {found}; give every rank the same number of pairs (drop or carry over the last partial batch)')
 
-# %% ../nbs/10_infonce.ipynb #c034
+# %% ../nbs/10_infonce.ipynb #c040
 def _check_values(image_bE, text_bE, comm):
     "Refuse features that are not finite or not of unit length, on every rank if on one."
     found = ''
@@ -74,7 +81,7 @@ def _check_values(image_bE, text_bE, comm):
         if found: break
     if comm.all_max(torch.tensor(float(bool(found)))) > 0: raise UserError(found or 'the features of another rank are not fit for the loss')
 
-# %% ../nbs/10_infonce.ipynb #c037
+# %% ../nbs/10_infonce.ipynb #c043
 def _plain(image_bE, text_bE, scale, targets, comm, smoothing):
     "The loss with its b × B matrices in memory."
     text_BE, b = comm.gather(text_bE), len(image_bE)
@@ -84,13 +91,13 @@ def _plain(image_bE, text_bE, scale, targets, comm, smoothing):
     else: right = targets.tile(0, 0, b, len(text_BE))
     return contrastive(logits_image, logits_text, right, right, smoothing)
 
-# %% ../nbs/10_infonce.ipynb #c043
+# %% ../nbs/10_infonce.ipynb #c049
 def _tiles(n, m, chunk):
     "Corners and sizes of the tiles of an n × m matrix, one row of tiles after the other."
     for i in range(0, n, chunk):
         for j in range(0, m, chunk): yield i, j, min(chunk, n - i), min(chunk, m - j)
 
-# %% ../nbs/10_infonce.ipynb #c046
+# %% ../nbs/10_infonce.ipynb #c052
 def _statistics(image_bE, text_BE, scale, targets, chunk):
     "Log-sum-exp and similarity at the targets of each row (two [b]) and, over this rank's rows, of each column (two [B])."
     b, B = len(image_bE), len(text_BE)
@@ -106,7 +113,7 @@ def _statistics(image_bE, text_BE, scale, targets, chunk):
         hit_B[j:j + w] += s_hw.sum(0)
     return row_b, col_B, hit_b, hit_B
 
-# %% ../nbs/10_infonce.ipynb #c049
+# %% ../nbs/10_infonce.ipynb #c055
 def _merge_columns(col_B, hit_B, comm):
     "Column statistics over all ranks: one all-reduce of maxima, one of sums."
     if comm.size == 1: return col_B, hit_B
@@ -114,7 +121,7 @@ def _merge_columns(col_B, hit_B, comm):
     total_B, hit_B = comm.all_sum(torch.stack([(col_B - top_B).exp(), hit_B]))
     return top_B + total_B.log(), hit_B
 
-# %% ../nbs/10_infonce.ipynb #c052
+# %% ../nbs/10_infonce.ipynb #c058
 def _gradients(image_bE, text_BE, scale, row_b, col_B, targets, chunk, smoothing, g_image, g_text):
     "Walk the tiles again: gradients of the scaled images, and of all texts as far as this rank's rows ask for them."
     b, B = len(image_bE), len(text_BE)
@@ -130,7 +137,7 @@ def _gradients(image_bE, text_BE, scale, row_b, col_B, targets, chunk, smoothing
         d_text_BE[j:j + w].addmm_(p_hw.T, image_hE)
     return d_image_bE.div_(b), d_text_BE.div_(b)
 
-# %% ../nbs/10_infonce.ipynb #c055
+# %% ../nbs/10_infonce.ipynb #c061
 class _Streamed(torch.autograd.Function):
     "Both directions of the loss without the matrix. The two losses must be weighted alike on all ranks."
     @staticmethod
@@ -155,7 +162,7 @@ class _Streamed(torch.autograd.Function):
         d_scale = torch.dot(d_image_bE.flatten(), image_bE.flatten()).reshape(scale.shape)
         return d_image_bE.mul_(scale), comm.reduce_scatter(d_text_BE), d_scale, None, None, None, None
 
-# %% ../nbs/10_infonce.ipynb #c058
+# %% ../nbs/10_infonce.ipynb #c064
 def auto_chunk(
     b: int, # rows on this rank
     B: int, # columns: the global batch
@@ -164,7 +171,7 @@ def auto_chunk(
     "The rule behind `chunk='auto'`: plain up to 2²² similarities a rank, tiles above."
     return None if b * B <= 2**22 else 4096 if device == 'cuda' else 512
 
-# %% ../nbs/10_infonce.ipynb #c063
+# %% ../nbs/10_infonce.ipynb #c069
 def info_nce(
     image_bE, # this rank's image features, of unit length, any floating type
     text_bE, # this rank's text features; row by row their partners
@@ -176,8 +183,8 @@ def info_nce(
     label_smoothing: float = 0., # this share of every target is spread evenly over the global batch
     check: bool = False, # look at the values too (stalls a GPU); shapes are always checked
 ) -> dict: # 'loss', 'loss_image', 'loss_text': means over this rank's rows; raises `UserError`
-    "Symmetric InfoNCE over the global batch, in fp32 at least (method.md 4)."
-    _check_shapes(image_bE, text_bE, key, chunk, label_smoothing)
+    "Symmetric InfoNCE over the global batch, in fp32 at least."
+    _check_shapes(image_bE, text_bE, key); _check_options(chunk, label_smoothing)
     _check_ranks(image_bE, comm)
     if check: _check_values(image_bE, text_bE, comm)
     with torch.autocast(image_bE.device.type, enabled=False):
@@ -189,7 +196,7 @@ def info_nce(
         loss_image, loss_text = _Streamed.apply(image_bE, text_bE, scale, targets, comm, chunk, label_smoothing)
         return dict(loss=(loss_image + loss_text) / 2, loss_image=loss_image, loss_text=loss_text)
 
-# %% ../nbs/10_infonce.ipynb #c074
+# %% ../nbs/10_infonce.ipynb #c080
 class Contrastive:
     "The default objective: encode both sides, compare everybody with everybody."
     def __init__(self,
@@ -199,15 +206,21 @@ class Contrastive:
         check: bool = False, # as for `info_nce`
     ): self.chunk, self.use_key, self.label_smoothing, self.check = chunk, use_key, label_smoothing, check
 
-    def features(self, model, batch) -> dict:
-        "`{'image', 'text'}`, each [b, E], normalised in fp32 at least; row by row partners."
-        out = dict(image=model.encode_image(batch['image']), text=model.encode_text(batch['text']))
-        return {k: F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1) for k, z in out.items()}
+# %% ../nbs/10_infonce.ipynb #c083
+def _features(self, model, batch) -> dict:
+    "`{'image', 'text'}`, each [b, E], normalised in fp32 at least; row by row partners."
+    out = dict(image=model.encode_image(batch['image']), text=model.encode_text(batch['text']))
+    return {k: F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1) for k, z in out.items()}
 
-    def loss(self, features, model, batch, comm=LOCAL) -> dict:
-        "`info_nce` at the model's temperature, and `logit_scale`, the scale it used."
-        if self.use_key and 'key' not in batch: raise UserError(f"use_key needs batches with a 'key'; these have {', '.join(batch)}")
-        scale = model.logit_scale.exp()
-        out = info_nce(features['image'], features['text'], scale, key=batch['key'] if self.use_key else None, comm=comm,
-                       chunk=self.chunk, label_smoothing=self.label_smoothing, check=self.check)
-        return dict(out, logit_scale=scale.detach())
+Contrastive.features = _features
+
+# %% ../nbs/10_infonce.ipynb #c086
+def _loss(self, features, model, batch, comm=LOCAL) -> dict:
+    "`info_nce` at the model's temperature, and `logit_scale`, the scale it used."
+    if self.use_key and 'key' not in batch: raise UserError(f"use_key needs batches with a 'key'; these have {', '.join(batch)}")
+    scale = model.logit_scale.exp()
+    out = info_nce(features['image'], features['text'], scale, key=batch['key'] if self.use_key else None, comm=comm,
+                   chunk=self.chunk, label_smoothing=self.label_smoothing, check=self.check)
+    return dict(out, logit_scale=scale.detach())
+
+Contrastive.loss = _loss

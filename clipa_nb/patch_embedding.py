@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from .core import UserError, unknown
 
 # %% ../nbs/04_patch_embedding.ipynb #c011
+def _fitting(size, patch):
+    "The nearest sizes that a patch divides, in words."
+    return ' or '.join(str(n * patch) for n in sorted({max(1, size // patch), -(-size // patch)}))
+
+# %% ../nbs/04_patch_embedding.ipynb #c014
 def grid_of(
     height: int, # pixels
     width: int,  # pixels
@@ -21,11 +26,10 @@ def grid_of(
     "How many patches a picture is cut into."
     if patch < 1: raise UserError(f'found a patch of {patch} pixels, expected 1 or more')
     if min(height, width) < patch or height % patch or width % patch:
-        fits = lambda size: ' or '.join(str(n * patch) for n in sorted({max(1, size // patch), -(-size // patch)}))
-        raise UserError(f'image size {height}×{width} is not divisible by patch {patch}: use {fits(height)} pixels for the height, {fits(width)} for the width')
+        raise UserError(f'image size {height}×{width} is not divisible by patch {patch}: use {_fitting(height, patch)} pixels for the height, {_fitting(width, patch)} for the width')
     return height // patch, width // patch
 
-# %% ../nbs/04_patch_embedding.ipynb #c014
+# %% ../nbs/04_patch_embedding.ipynb #c017
 def tokens(
     image_size, # pixels: a side, or (height, width)
     patch: int, # pixels along a patch's side
@@ -35,7 +39,7 @@ def tokens(
     h, w = grid_of(*((image_size,) * 2 if isinstance(image_size, int) else image_size), patch)
     return h * w + bool(cls)
 
-# %% ../nbs/04_patch_embedding.ipynb #c021
+# %% ../nbs/04_patch_embedding.ipynb #c024
 def patchify(
     x_BCHW: torch.Tensor, # pixels, any dtype
     p: int, # pixels along a patch's side
@@ -44,7 +48,13 @@ def patchify(
     (B, C), (h, w) = x_BCHW.shape[:2], grid_of(*x_BCHW.shape[2:], p)
     return x_BCHW.reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * p * p)
 
-# %% ../nbs/04_patch_embedding.ipynb #c024
+# %% ../nbs/04_patch_embedding.ipynb #c027
+def _check_pixels(image_BCHW):
+    "Refuse what is no batch of normalised colour pictures."
+    if image_BCHW.ndim != 4 or image_BCHW.shape[1] != 3: raise UserError(f'found pixels of shape {tuple(image_BCHW.shape)}, expected [B,3,H,W]: add a batch axis, or convert the images to RGB')
+    if not image_BCHW.is_floating_point(): raise UserError(f'found pixels of type {image_BCHW.dtype}, expected floats: normalise them first, as `CLIP.encode_image` does')
+
+# %% ../nbs/04_patch_embedding.ipynb #c030
 class PatchEmbed(nn.Module):
     "Pixels to tokens: the weight of a convolution, applied as a matrix product."
     def __init__(self,
@@ -59,16 +69,16 @@ class PatchEmbed(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, image_BCHW):
-        if image_BCHW.ndim != 4 or image_BCHW.shape[1] != 3: raise UserError(f'found pixels of shape {tuple(image_BCHW.shape)}, expected [B,3,H,W]: add a batch axis, or convert the images to RGB')
-        if not image_BCHW.is_floating_point(): raise UserError(f'found pixels of type {image_BCHW.dtype}, expected floats: normalise them first, as `CLIP.encode_image` does')
+        _check_pixels(image_BCHW)
         x_BNP = patchify(image_BCHW, self.patch)
         return F.linear(x_BNP, self.weight.flatten(1), self.bias), grid_of(*image_BCHW.shape[2:], self.patch)
 
     def extra_repr(self): return f'width={len(self.weight)}, patch={self.patch}, bias={self.bias is not None}'
 
-# %% ../nbs/04_patch_embedding.ipynb #c032
+# %% ../nbs/04_patch_embedding.ipynb #c038
 FORMS = {'moco': lambda q: max(q - 1, 1), 'mae': lambda q: q} # the divisor of the exponent
 
+# %% ../nbs/04_patch_embedding.ipynb #c041
 def speeds(
     width: int, # D, divisible by 4
     form: str = 'moco', # 'moco' or 'mae'
@@ -80,12 +90,13 @@ def speeds(
     dtype = torch.float32 if torch.device(device).type == 'mps' else torch.float64
     return 10_000.0 ** -(torch.arange(width // 4, dtype=dtype, device=device) / FORMS[form](width // 4))
 
-# %% ../nbs/04_patch_embedding.ipynb #c035
+# %% ../nbs/04_patch_embedding.ipynb #c044
 def waves(n, width, form, device):
     "[n, D/2]: the sines, then the cosines, of n coordinates."
     angle = torch.arange(n, device=device)[:, None] * speeds(width, form, device)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
+# %% ../nbs/04_patch_embedding.ipynb #c047
 def sincos(
     grid: tuple, # (h, w), rows and columns of patches
     width: int,  # D, divisible by 4
@@ -99,7 +110,7 @@ def sincos(
     table_ND = torch.cat([x_wF[None].expand(h, w, half), y_hF[:, None].expand(h, w, half)], 2).reshape(h * w, width)
     return torch.cat([table_ND.new_zeros(int(cls), width), table_ND])
 
-# %% ../nbs/04_patch_embedding.ipynb #c048
+# %% ../nbs/04_patch_embedding.ipynb #c060
 class SinCos(nn.Module):
     "Fixed sin-cos positions, computed once for each grid."
     def __init__(self,
@@ -114,18 +125,22 @@ class SinCos(nn.Module):
     def table(self, grid, device, dtype):
         return sincos(grid, self.width, self.form, self.n_prefix, device).to(dtype)
 
-    def forward(self, grid, device=None, dtype=None):
-        key = tuple(grid), torch.device(device or 'cpu'), dtype or torch.get_default_dtype()
-        if torch.compiler.is_compiling(): return self.table(*key)
-        if key not in self._made:
-            with torch.inference_mode(False): table = self.table(*key)
-            if type(table) is not torch.Tensor: return table # a tracer's stand-in must not be remembered
-            self._made = {**dict(list(self._made.items())[-15:]), key: table}
-        return self._made[key]
-
     def extra_repr(self): return f'width={self.width}, form={self.form}, n_prefix={self.n_prefix}'
 
-# %% ../nbs/04_patch_embedding.ipynb #c053
+# %% ../nbs/04_patch_embedding.ipynb #c063
+def _sincos_forward(self, grid, device=None, dtype=None):
+    "[n_prefix + N, D], made once for each grid, device and dtype; the sixteen made last are kept."
+    key = tuple(grid), torch.device(device or 'cpu'), dtype or torch.get_default_dtype()
+    if torch.compiler.is_compiling(): return self.table(*key)
+    if key not in self._made:
+        with torch.inference_mode(False): table = self.table(*key)
+        if type(table) is not torch.Tensor: return table # a tracer's stand-in must not be remembered
+        self._made = {**dict(list(self._made.items())[-15:]), key: table}
+    return self._made[key]
+
+SinCos.forward = _sincos_forward
+
+# %% ../nbs/04_patch_embedding.ipynb #c068
 def resize_positions(
     pos: torch.Tensor, # [n_prefix + h·w, D]
     old_grid: tuple, # (h, w) it was made for
@@ -141,7 +156,7 @@ def resize_positions(
     new_1Dhw = F.interpolate(wide, size=tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)
     return torch.cat([pos[:n_prefix], new_1Dhw.flatten(2)[0].T.to(pos.dtype)])
 
-# %% ../nbs/04_patch_embedding.ipynb #c058
+# %% ../nbs/04_patch_embedding.ipynb #c073
 class LearnedPositions(nn.Module):
     "A trainable table of positions, resized where the grid is another."
     def __init__(self,

@@ -38,6 +38,7 @@ NAMES = ( # ours, open_clip's; a name that ends with a dot is a prefix
 )
 TRANSPOSED = ('visual.head.weight', 'text.head.weight')
 
+# %% ../nbs/18_pretrained.ipynb #c009
 def rename(
     key: str, # a parameter's name on one side
     to: str = 'open_clip', # the side wanted: 'open_clip' or 'ours'
@@ -48,7 +49,7 @@ def rename(
         if key == a or (a.endswith('.') and key.startswith(a)): return b + key[len(a):]
     return key
 
-# %% ../nbs/18_pretrained.ipynb #c010
+# %% ../nbs/18_pretrained.ipynb #c012
 def to_open_clip(
     model: CLIP, # of this library
 ) -> dict: # open_clip's name → tensor, on the CPU, contiguous
@@ -58,7 +59,18 @@ def to_open_clip(
         state['visual.positions.table'] = model.visual.positions((model.cfg.image_size // model.cfg.patch,) * 2, model.logit_scale.device)
     return {rename(k): (v.T if k in TRANSPOSED else v).cpu().contiguous() for k, v in state.items()}
 
-# %% ../nbs/18_pretrained.ipynb #c013
+# %% ../nbs/18_pretrained.ipynb #c015
+def _without_table(state, model):
+    "`state` without the position table that `model` computes itself; raises `UserError` where it is another one."
+    table = state.get('visual.positions.table')
+    if table is None or model.cfg.positions == 'learned': return state
+    side = round((len(table) - model.visual.n_prefix) ** 0.5)
+    ours = model.visual.positions((side, side), 'cpu')
+    if ours.shape == table.shape and (ours - table.float()).abs().max() > 1e-3:
+        raise UserError(f"the weights hold a position table that is not the {model.cfg.positions!r} sin-cos one: load them into a model with positions='learned'")
+    return {k: v for k, v in state.items() if k != 'visual.positions.table'}
+
+# %% ../nbs/18_pretrained.ipynb #c018
 def from_open_clip(
     state: dict, # open_clip's name → tensor; 'module.' and 'text.' prefixes may be there
     model: CLIP, # to be filled later: it says whether positions are computed
@@ -68,40 +80,48 @@ def from_open_clip(
     state = {rename(k.removeprefix('text.'), 'ours'): v for k, v in state.items()}
     for k in TRANSPOSED:
         if k in state: state[k] = state[k].T
-    table = state.get('visual.positions.table')
-    if table is None or model.cfg.positions == 'learned': return state
-    side = round((len(table) - model.visual.n_prefix) ** 0.5)
-    ours = model.visual.positions((side, side), 'cpu')
-    if ours.shape == table.shape and (ours - table.float()).abs().max() > 1e-3:
-        raise UserError(f"the weights hold a position table that is not the {model.cfg.positions!r} sin-cos one: load them into a model with positions='learned'")
-    return {k: v for k, v in state.items() if k != 'visual.positions.table'}
+    return _without_table(state, model)
 
-# %% ../nbs/18_pretrained.ipynb #c016
+# %% ../nbs/18_pretrained.ipynb #c021
 def _ratio(tower):
     "The MLP ratio to four places, such that int(width × ratio) is the MLP's width."
     r = round(tower.mlp / tower.width, 4)
     return r if int(tower.width * r) == tower.mlp else round(r + 1e-4, 4)
 
+# %% ../nbs/18_pretrained.ipynb #c024
+def _shared_words(cfg):
+    "What open_clip says in the same way of both towers."
+    act = dict(act_kwargs=dict(approximate='tanh')) if cfg.act == 'gelu_tanh' else {}
+    return act | (dict(norm_kwargs=dict(eps=cfg.ln_eps)) if cfg.ln_eps != 1e-5 else {})
+
+# %% ../nbs/18_pretrained.ipynb #c027
+def _vision_words(cfg):
+    "open_clip's `vision_cfg`."
+    i = cfg.image
+    return dict(image_size=cfg.image_size, layers=i.depth, width=i.width, patch_size=cfg.patch, head_width=i.width // i.heads, mlp_ratio=_ratio(i),
+                no_ln_pre=not cfg.pre_norm, pool_type={'cls': 'tok'}.get(cfg.pool, cfg.pool), final_ln_after_pool=cfg.pool != 'cls', **_shared_words(cfg))
+
+# %% ../nbs/18_pretrained.ipynb #c030
+def _text_words(cfg, tokenizer):
+    "open_clip's `text_cfg`."
+    t, causal = cfg.text, 'causal' in cfg.text_mask
+    words = dict(context_length=cfg.context_length, vocab_size=cfg.vocab_size, width=t.width, heads=t.heads, layers=t.depth, mlp_ratio=_ratio(t),
+                 pool_type={'eot': 'argmax'}.get(cfg.text_pool, cfg.text_pool), no_causal_mask=not causal, **_shared_words(cfg))
+    return words if causal else words | dict(hf_tokenizer_name=tokenizer, tokenizer_kwargs=dict(strip_sep_token=True))
+
+# %% ../nbs/18_pretrained.ipynb #c033
 def open_clip_config(
     cfg: ModelConfig, # the model's
     tokenizer: str = 'bert-base-uncased', # what open_clip shall look for where the directory holds no tokenizer
 ) -> dict: # `model_cfg`, `preprocess_cfg`, and our own configuration in full under `clipa_nb`
     "The configuration file of a model directory."
-    i, t = cfg.image, cfg.text
-    act = dict(act_kwargs=dict(approximate='tanh')) if cfg.act == 'gelu_tanh' else {}
-    norm = dict(norm_kwargs=dict(eps=cfg.ln_eps)) if cfg.ln_eps != 1e-5 else {}
-    vision = dict(image_size=cfg.image_size, layers=i.depth, width=i.width, patch_size=cfg.patch, head_width=i.width // i.heads, mlp_ratio=_ratio(i),
-                  no_ln_pre=not cfg.pre_norm, pool_type={'cls': 'tok'}.get(cfg.pool, cfg.pool), final_ln_after_pool=cfg.pool != 'cls', **act, **norm)
-    text = dict(context_length=cfg.context_length, vocab_size=cfg.vocab_size, width=t.width, heads=t.heads, layers=t.depth, mlp_ratio=_ratio(t),
-                pool_type={'eot': 'argmax'}.get(cfg.text_pool, cfg.text_pool), no_causal_mask='causal' not in cfg.text_mask, **act, **norm)
-    if 'causal' not in cfg.text_mask: text |= dict(hf_tokenizer_name=tokenizer, tokenizer_kwargs=dict(strip_sep_token=True))
     quick = dict(quick_gelu=True) if cfg.act == 'quick_gelu' else {}
     return dict(
-        model_cfg=dict(embed_dim=cfg.embed_dim, **quick, vision_cfg=vision, text_cfg=text),
+        model_cfg=dict(embed_dim=cfg.embed_dim, **quick, vision_cfg=_vision_words(cfg), text_cfg=_text_words(cfg, tokenizer)),
         preprocess_cfg=dict(mean=list(cfg.mean), std=list(cfg.std), interpolation=cfg.interpolation, resize_mode=cfg.resize_mode),
         clipa_nb=cfg.to_dict())
 
-# %% ../nbs/18_pretrained.ipynb #c019
+# %% ../nbs/18_pretrained.ipynb #c036
 def foreign(
     cfg: ModelConfig, # the model's
 ) -> list: # what open_clip has no words for; empty where it can load the directory
@@ -113,7 +133,7 @@ def foreign(
     ]
     return [what for wrong, what in said if wrong]
 
-# %% ../nbs/18_pretrained.ipynb #c022
+# %% ../nbs/18_pretrained.ipynb #c039
 _VISION = set('image_size layers width patch_size head_width mlp_ratio no_ln_pre pool_type final_ln_after_pool act_kwargs norm_kwargs patch_dropout'.split())
 _TEXT = set('context_length vocab_size width heads layers mlp_ratio pool_type no_causal_mask act_kwargs norm_kwargs hf_tokenizer_name tokenizer_kwargs'.split())
 
@@ -122,7 +142,7 @@ def _known(part, d, names):
     for k, v in d.items():
         if k not in names and v: raise UserError(f'{part} sets {k}={v!r}, which this library does not build: only {", ".join(sorted(names))} are understood')
 
-# %% ../nbs/18_pretrained.ipynb #c025
+# %% ../nbs/18_pretrained.ipynb #c042
 def from_open_clip_config(
     d: dict, # the content of `open_clip_config.json`
 ) -> ModelConfig: # raises `UserError` for settings it does not understand
@@ -142,7 +162,7 @@ def from_open_clip_config(
         pre_norm=not v.get('no_ln_pre', False), text_mask='none' if t.get('no_causal_mask') else 'causal', text_pool={'argmax': 'eot'}.get(t.get('pool_type', 'argmax'), t.get('pool_type')),
         act=act, ln_eps=(v.get('norm_kwargs') or {}).get('eps', 1e-5), init='open_clip', **{k: tuple(x) if isinstance(x, list) else x for k, x in p.items() if k in ('mean', 'std', 'interpolation', 'resize_mode')})
 
-# %% ../nbs/18_pretrained.ipynb #c028
+# %% ../nbs/18_pretrained.ipynb #c045
 def read_state(
     path, # .safetensors, or a .bin / .pt of tensors only
 ) -> dict: # name → tensor; raises `UserError` for a file that is truncated or holds code
@@ -154,7 +174,7 @@ def read_state(
         raise UserError(f'{path} cannot be read as weights ({type(e).__name__}): it is missing, truncated, or holds more than tensors, which is refused') from e
     return state.get('state_dict', state)
 
-# %% ../nbs/18_pretrained.ipynb #c031
+# %% ../nbs/18_pretrained.ipynb #c048
 FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'open_clip_pytorch_model.bin', 'model.safetensors', 'pytorch_model.bin')
 
 def _cached(hub, cache_dir):
@@ -162,6 +182,18 @@ def _cached(hub, cache_dir):
     try: return ', '.join(sorted(r.repo_id for r in hub.scan_cache_dir(cache_dir).repos)) or 'nothing'
     except Exception: return 'nothing'
 
+# %% ../nbs/18_pretrained.ipynb #c051
+def _from_hub(hub, name, where, cache_dir):
+    "The local copy of a repository, fetched if the network allows."
+    patterns = ['open_clip_config.json', 'tokenizer*', 'vocab*', 'merges.txt', 'special_tokens_map.json']
+    try:
+        files = hub.list_repo_files(where)
+        return Path(hub.snapshot_download(where, cache_dir=cache_dir, allow_patterns=patterns + [f for f in FILES if f in files][:1]))
+    except Exception as e:
+        try: return Path(hub.snapshot_download(where, cache_dir=cache_dir, local_files_only=True))
+        except Exception: raise UserError(f'{name} is neither cached nor reachable ({type(e).__name__}; cached: {_cached(hub, cache_dir)}): check the name and the network, or download it and use local-dir:PATH') from e
+
+# %% ../nbs/18_pretrained.ipynb #c054
 def fetch(
     name: str, # 'local-dir:PATH' or 'hf-hub:ORG/NAME'
     cache_dir=None, # where the hub's files are kept
@@ -173,15 +205,9 @@ def fetch(
         path = Path(where).expanduser()
         if not (path / 'open_clip_config.json').is_file(): raise UserError(f'{path} holds no open_clip_config.json: name a directory that save_pretrained or open_clip wrote')
         return path
-    hub, patterns = need('huggingface_hub', 'hub', name), ['open_clip_config.json', 'tokenizer*', 'vocab*', 'merges.txt', 'special_tokens_map.json']
-    try:
-        files = hub.list_repo_files(where)
-        return Path(hub.snapshot_download(where, cache_dir=cache_dir, allow_patterns=patterns + [f for f in FILES if f in files][:1]))
-    except Exception as e:
-        try: return Path(hub.snapshot_download(where, cache_dir=cache_dir, local_files_only=True))
-        except Exception: raise UserError(f'{name} is neither cached nor reachable ({type(e).__name__}; cached: {_cached(hub, cache_dir)}): check the name and the network, or download it and use local-dir:PATH') from e
+    return _from_hub(need('huggingface_hub', 'hub', name), name, where, cache_dir)
 
-# %% ../nbs/18_pretrained.ipynb #c034
+# %% ../nbs/18_pretrained.ipynb #c057
 @dataclass(frozen=True)
 class Preprocess(Config):
     "PIL image to the normalised tensor that `encode_image` takes."
@@ -194,6 +220,7 @@ class Preprocess(Config):
         x_3SS = torch.from_numpy(decode(image, self.transform, u).copy()).permute(2, 0, 1).float() / 255
         return (x_3SS - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
+# %% ../nbs/18_pretrained.ipynb #c060
 def preprocess(
     cfg: ModelConfig, # mean, std, interpolation, resize mode and size travel with it
     train: bool = False, # a random crop in place of the whole image
@@ -202,7 +229,7 @@ def preprocess(
     mode = 'crop' if train else cfg.resize_mode
     return Preprocess(Transform(size=cfg.image_size, mode=mode, interpolation=cfg.interpolation, draft=0.), cfg.mean, cfg.std)
 
-# %% ../nbs/18_pretrained.ipynb #c037
+# %% ../nbs/18_pretrained.ipynb #c063
 TAGS = {(n, tag): f'hf-hub:UCSC-VLAA/{n}-{repo}' for n, tags in {
     'ViT-L-14-CLIPA': 'd', 'ViT-L-14-CLIPA-336': 'd', 'ViT-H-14-CLIPA': 'd', 'ViT-H-14-CLIPA-336': 'dl', 'ViT-bigG-14-CLIPA': 'd', 'ViT-bigG-14-CLIPA-336': 'd',
 }.items() for tag, repo in (('datacomp1b', 'datacomp1B'), ('laion2b', 'laion2B')) if tag[0] in tags}
@@ -211,6 +238,19 @@ def list_models() -> list: # of names for `create_model`
     "The architectures known by name."
     return sorted(MODELS)
 
+# %% ../nbs/18_pretrained.ipynb #c066
+def _config_in(folder):
+    "The configuration a directory holds."
+    return from_open_clip_config(json.loads((folder / 'open_clip_config.json').read_text()))
+
+# %% ../nbs/18_pretrained.ipynb #c069
+def _weights_in(folder):
+    "The file of weights in a directory; raises `UserError` where there is none."
+    file = next((folder / f for f in FILES if (folder / f).is_file()), None)
+    if file is None: raise UserError(f'{folder} holds a configuration but no weights: expected one of {", ".join(FILES)}')
+    return file
+
+# %% ../nbs/18_pretrained.ipynb #c072
 def _source(name, pretrained, cache_dir):
     "(configuration, file of weights or None) that a name and a tag or path mean."
     if (name, pretrained) in TAGS: name, pretrained = TAGS[name, pretrained], None
@@ -219,11 +259,9 @@ def _source(name, pretrained, cache_dir):
         if pretrained is None or Path(pretrained).is_file(): return cfg, pretrained
         raise unknown(f'weights for {name}', pretrained, [t for n, t in TAGS if n == name] + ['the path of a file'])
     folder = fetch(name, cache_dir)
-    file = next((folder / f for f in FILES if (folder / f).is_file()), None)
-    if file is None: raise UserError(f'{folder} holds a configuration but no weights: expected one of {", ".join(FILES)}')
-    return from_open_clip_config(json.loads((folder / 'open_clip_config.json').read_text())), file
+    return _config_in(folder), _weights_in(folder)
 
-# %% ../nbs/18_pretrained.ipynb #c040
+# %% ../nbs/18_pretrained.ipynb #c075
 WEIGHT_DTYPES = dict(auto=torch.float32, fp32=torch.float32, amp_bf16=torch.float32, bf16=torch.bfloat16)
 
 def create_model(
@@ -249,7 +287,7 @@ def create_model(
         load_weights(model, state, assign=True)
     return model.to(pick_device(str(device)), WEIGHT_DTYPES[precision])
 
-# %% ../nbs/18_pretrained.ipynb #c043
+# %% ../nbs/18_pretrained.ipynb #c078
 def create_model_and_transforms(
     name: str, # as for `create_model`
     pretrained=None, # as for `create_model`
@@ -259,6 +297,7 @@ def create_model_and_transforms(
     model = create_model(name, pretrained, **options)
     return model, preprocess(model.cfg, train=True), preprocess(model.cfg)
 
+# %% ../nbs/18_pretrained.ipynb #c081
 def get_tokenizer(
     name: str, # as for `create_model`
     context_length=None, # another length than the model's
@@ -266,12 +305,12 @@ def get_tokenizer(
 ): # a callable: texts → int64 [N,T]
     "The tokenizer that belongs to a model."
     folder = fetch(name, cache_dir) if ':' in name else None
-    cfg = from_open_clip_config(json.loads((folder / 'open_clip_config.json').read_text())) if folder else model_config(name)
+    cfg = _config_in(folder) if folder else model_config(name)
     held = folder and any((folder / f).exists() for f in ('tokenizer.json', 'vocab.txt', 'tokenizer_config.json'))
     where = str(folder) if held else 'clip' if cfg.text_pool == 'eot' else 'bert-base-uncased'
     return load_tokenizer(where, context_length or cfg.context_length)
 
-# %% ../nbs/18_pretrained.ipynb #c046
+# %% ../nbs/18_pretrained.ipynb #c084
 def model_card(
     cfg: ModelConfig, # the model's
 ) -> str: # markdown
@@ -286,7 +325,7 @@ def model_card(
         "model, _, preprocess = create_model_and_transforms('local-dir:PATH')", '`' * 3, '',
         f"open_clip cannot load this model: it has no words for {' and '.join(why)}." if why else 'open_clip loads this directory as `local-dir:PATH`.', ''])
 
-# %% ../nbs/18_pretrained.ipynb #c049
+# %% ../nbs/18_pretrained.ipynb #c087
 def _swap(tmp, out):
     "Put a finished directory in the place of another in two renames."
     old = out.with_name(f'.{out.name}.old{os.getpid()}')
@@ -294,6 +333,20 @@ def _swap(tmp, out):
     os.rename(tmp, out)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/18_pretrained.ipynb #c090
+def _check_place(out):
+    "Refuse to replace what is neither empty nor a model."
+    model_or_empty = out.is_dir() and ((out / 'open_clip_config.json').exists() or not any(out.iterdir()))
+    if out.exists() and not model_or_empty: raise UserError(f'{out} exists and holds no model: choose another directory')
+
+# %% ../nbs/18_pretrained.ipynb #c093
+def _saved_config(cfg, preprocess):
+    "The configuration as it is written."
+    cfg = cfg.replace(image_strategy='none', image_ratio=0., checkpointing='none')
+    if not preprocess: return cfg
+    return cfg.replace(mean=preprocess.mean, std=preprocess.std, interpolation=preprocess.transform.interpolation, resize_mode=preprocess.transform.mode)
+
+# %% ../nbs/18_pretrained.ipynb #c096
 def save_pretrained(
     model: CLIP, # of this library
     dir, # made, or replaced if it holds a model; raises `UserError` if it holds something else
@@ -303,10 +356,8 @@ def save_pretrained(
 ) -> Path: # the directory
     "Write a directory that `create_model('local-dir:…')`, open_clip and the Hub understand; whole or not at all."
     out = Path(dir).expanduser().resolve()
-    if out.exists() and not (out.is_dir() and ((out / 'open_clip_config.json').exists() or not any(out.iterdir()))):
-        raise UserError(f'{out} exists and holds no model: choose another directory')
-    cfg = model.cfg.replace(image_strategy='none', image_ratio=0., checkpointing='none')
-    if preprocess: cfg = cfg.replace(mean=preprocess.mean, std=preprocess.std, interpolation=preprocess.transform.interpolation, resize_mode=preprocess.transform.mode)
+    _check_place(out)
+    cfg = _saved_config(model.cfg, preprocess)
     tmp = out.with_name(f'.{out.name}.tmp{os.getpid()}')
     tmp.mkdir(parents=True)
     try:

@@ -16,6 +16,16 @@ from .core import LOCAL, UserError, generator, unknown
 from .zero_shot import evaluating, linear, share, together, zero_shot
 
 # %% ../nbs/16_probes.ipynb #c012
+def _encoded(model, batch, device) -> dict:
+    "The features and integers of one batch, one row a sample; raises `UserError` where the numbers of rows differ."
+    row = {}
+    if 'image' in batch: row['image'] = model.encode_image(batch['image'].to(device), normalize=True).float()
+    if 'text' in batch: row['text'] = model.encode_text(batch['text'].to(device), normalize=True).float()
+    row.update({k: torch.as_tensor(batch[k]).to(device, torch.int64) for k in ('label', 'key') if k in batch})
+    if len({len(v) for v in row.values()}) != 1: raise UserError(f"a batch with {', '.join(f'{len(v)} {k}s' for k, v in row.items()) or 'neither image nor text'}: give one of each for every sample")
+    return row
+
+# %% ../nbs/16_probes.ipynb #c015
 def own_features(
     model, # has `encode_image`, `encode_text` and `logit_scale`
     data, # as for `features`
@@ -24,17 +34,13 @@ def own_features(
     "Encode this rank's batches."
     device, rows = model.logit_scale.device, []
     for i, batch in enumerate(share(data, comm)):
-        row = {}
-        if 'image' in batch: row['image'] = model.encode_image(batch['image'].to(device), normalize=True).float()
-        if 'text' in batch: row['text'] = model.encode_text(batch['text'].to(device), normalize=True).float()
-        row.update({k: torch.as_tensor(batch[k]).to(device, torch.int64) for k in ('label', 'key') if k in batch})
-        if len({len(v) for v in row.values()}) != 1: raise UserError(f"a batch with {', '.join(f'{len(v)} {k}s' for k, v in row.items()) or 'neither image nor text'}: give one of each for every sample")
+        row = _encoded(model, batch, device)
         row['batch'] = torch.full((len(next(iter(row.values()))),), comm.rank + i * comm.size, device=device)
         if rows and set(rows[0]) != set(row): raise UserError(f"batches disagree: one has {', '.join(rows[0])}, another {', '.join(row)}")
         rows.append(row)
     return {k: torch.cat([r[k] for r in rows]) for k in rows[0]} if rows else {}
 
-# %% ../nbs/16_probes.ipynb #c015
+# %% ../nbs/16_probes.ipynb #c018
 def all_rows(
     x_b, # this rank's rows; ranks may have different numbers of them, also none
     n_max: int, # the largest number of rows a rank has
@@ -44,7 +50,7 @@ def all_rows(
     pad = x_b.new_zeros((n_max - len(x_b), *x_b.shape[1:]))
     return comm.gather(torch.cat([x_b, pad]))
 
-# %% ../nbs/16_probes.ipynb #c018
+# %% ../nbs/16_probes.ipynb #c021
 FIELDS = ('image', 'text', 'label', 'key', 'batch')
 
 def features(
@@ -69,7 +75,15 @@ def features(
     order = mine.pop('batch').argsort(stable=True)
     return {k: v[order] for k, v in mine.items()}
 
-# %% ../nbs/16_probes.ipynb #c021
+# %% ../nbs/16_probes.ipynb #c024
+def _wrong_in_front(pieces, best_c):
+    "For each query of a strip: wrong targets that score no less than its best right one; `pieces()` yields (scores, right?) twice."
+    wrong_c = 0
+    for s_cd, right_cd in pieces(): best_c = torch.maximum(best_c, s_cd.masked_fill(~right_cd, -torch.inf).amax(1))
+    for s_cd, right_cd in pieces(): wrong_c = wrong_c + (~(s_cd < best_c[:, None]) & ~right_cd).sum(1)
+    return wrong_c
+
+# %% ../nbs/16_probes.ipynb #c027
 def rank_counts(
     query_nE, # unit rows
     target_nE, # unit rows; the right one of query i is target i, and every target with the same key
@@ -85,13 +99,11 @@ def rank_counts(
         for j in range(0, n, tile): yield query_nE[i:i + tile] @ target_nE[j:j + tile].T, key_n[i:i + tile, None] == key_n[j:j + tile]
     with torch.no_grad():
         for i in range(comm.rank * tile, n, comm.size * tile):
-            best_c, wrong_c = query_nE.new_full((len(query_nE[i:i + tile]),), -torch.inf), 0
-            for s_cd, right_cd in pieces(i): best_c = torch.maximum(best_c, s_cd.masked_fill(~right_cd, -torch.inf).amax(1))
-            for s_cd, right_cd in pieces(i): wrong_c = wrong_c + (~(s_cd < best_c[:, None]) & ~right_cd).sum(1)
-            total_n += torch.bincount(wrong_c, minlength=n)
+            best_c = query_nE.new_full((len(query_nE[i:i + tile]),), -torch.inf)
+            total_n += torch.bincount(_wrong_in_front(lambda: pieces(i), best_c), minlength=n)
     return comm.all_sum(total_n.cpu())
 
-# %% ../nbs/16_probes.ipynb #c024
+# %% ../nbs/16_probes.ipynb #c030
 def recall(
     counts_n, # from `rank_counts`
     ks=(1, 5), # which recalls
@@ -103,7 +115,7 @@ def recall(
     mean = float((counts_n * torch.arange(1, len(counts_n) + 1)).sum()) / n
     return dict(out, mean_rank=mean, median_rank=float(torch.searchsorted(below, (n + 1) // 2)) + 1)
 
-# %% ../nbs/16_probes.ipynb #c027
+# %% ../nbs/16_probes.ipynb #c033
 def retrieval(
     model, # has `encode_image`, `encode_text` and `logit_scale`
     data, # batches of {'image', 'text'}, row by row partners; optional 'key': equal keys are equally right
@@ -121,7 +133,7 @@ def retrieval(
         out.update({f'{name}_{k}': v for k, v in got.items()})
     return dict(out, n=float(len(f['image'])))
 
-# %% ../nbs/16_probes.ipynb #c033
+# %% ../nbs/16_probes.ipynb #c039
 def standardised(
     x_nE, # features
 ) -> tuple: # (features of mean 0 and variance 1, mean, deviation)
@@ -129,7 +141,7 @@ def standardised(
     mean_E, std_E = x_nE.mean(0), x_nE.std(0, correction=0).clamp_min(1e-6)
     return (x_nE - mean_E) / std_E, mean_E, std_E
 
-# %% ../nbs/16_probes.ipynb #c036
+# %% ../nbs/16_probes.ipynb #c042
 def as_linear(
     w_ME, b_M, # a classifier of standardised features
     mean_E, std_E, # from `standardised`
@@ -137,7 +149,7 @@ def as_linear(
     "Fold the standardisation into the weights."
     return linear(w_ME / std_E, b_M - (w_ME / std_E) @ mean_E)
 
-# %% ../nbs/16_probes.ipynb #c039
+# %% ../nbs/16_probes.ipynb #c045
 def fit_ridge(
     x_nE, # features
     y_n, # labels 0…M−1
@@ -152,7 +164,7 @@ def fit_ridge(
     w_EM = torch.linalg.solve(gram_EE, x_nE.T @ (t_nM - b_M) / len(x_nE))
     return as_linear(w_EM.T, b_M, mean_E, std_E)
 
-# %% ../nbs/16_probes.ipynb #c042
+# %% ../nbs/16_probes.ipynb #c048
 def minimise(
     loss, # () → tensor, of the parameters
     params: list, # leaves
@@ -166,7 +178,7 @@ def minimise(
         return value
     with torch.enable_grad(): optimizer.step(closure)
 
-# %% ../nbs/16_probes.ipynb #c045
+# %% ../nbs/16_probes.ipynb #c051
 def fit_logistic(
     x_nE, # features
     y_n, # labels 0…M−1
@@ -180,7 +192,7 @@ def fit_logistic(
     minimise(lambda: F.cross_entropy(x_nE @ w_ME.T + b_M, y_n) + l2 / 2 * w_ME.square().sum(), [w_ME, b_M], steps)
     return as_linear(w_ME.detach(), b_M.detach(), mean_E, std_E)
 
-# %% ../nbs/16_probes.ipynb #c048
+# %% ../nbs/16_probes.ipynb #c054
 def labelled_features(
     model, data, comm=LOCAL, # as for `features`
     classes: int = None, # labels must be below it
@@ -192,7 +204,7 @@ def labelled_features(
     if low < 0 or (classes is not None and high >= classes): raise UserError(f'labels from {low} to {high}: expected 0 to {"M − 1" if classes is None else classes - 1}')
     return f['image'], f['label']
 
-# %% ../nbs/16_probes.ipynb #c051
+# %% ../nbs/16_probes.ipynb #c057
 def top1(
     head, # features → scores
     x_nE, # features
@@ -201,9 +213,10 @@ def top1(
     "Share of features that a head classifies rightly."
     with torch.no_grad(): return int((head(x_nE).argmax(1) == y_n).sum()) / len(y_n)
 
-# %% ../nbs/16_probes.ipynb #c054
+# %% ../nbs/16_probes.ipynb #c060
 FITS = dict(logistic=fit_logistic, ridge=fit_ridge)
 
+# %% ../nbs/16_probes.ipynb #c062
 def linear_probe(
     model, # has `encode_image` and `logit_scale`
     train, # batches of {'image', 'label'}
@@ -220,7 +233,7 @@ def linear_probe(
     head = FITS[fit](x_nE, y_n, M, l2)
     return dict(top1=top1(head, u_nE, v_n), train_top1=top1(head, x_nE, y_n), n=float(len(y_n)))
 
-# %% ../nbs/16_probes.ipynb #c059
+# %% ../nbs/16_probes.ipynb #c067
 def draw_shots(
     y_n, # labels
     k: int, # images of each class; raises `UserError` where a class has fewer
@@ -234,7 +247,7 @@ def draw_shots(
     starts_M = counts_M.cumsum(0) - counts_M
     return order_n[(starts_M[:, None] + torch.arange(k, device=y_n.device)).flatten()]
 
-# %% ../nbs/16_probes.ipynb #c062
+# %% ../nbs/16_probes.ipynb #c070
 def fit_from(
     head: nn.Linear, # where to start and what to stay near
     x_nE, # features of the shots
@@ -248,7 +261,7 @@ def fit_from(
     minimise(lambda: F.cross_entropy(scale * x_nE @ w_ME.T, y_n) + l2 / 2 * (w_ME - start_ME).square().sum(), [w_ME], steps)
     return linear(w_ME.detach())
 
-# %% ../nbs/16_probes.ipynb #c065
+# %% ../nbs/16_probes.ipynb #c073
 def few_shot(
     model, # has `encode_image` and `logit_scale`
     train, # batches of {'image', 'label'} to draw the shots from
@@ -273,7 +286,7 @@ def few_shot(
         out[f'{k}-shot_top1'] = sum(got) / len(got)
     return out
 
-# %% ../nbs/16_probes.ipynb #c072
+# %% ../nbs/16_probes.ipynb #c080
 def robustness(
     model, # as for `zero_shot`
     shifts: dict, # {name: data}; 'clean', where there is one, is what the others are compared with
@@ -287,7 +300,7 @@ def robustness(
     out = {f'{k}_top1': v for k, v in top.items()} | dict(average_top1=sum(moved) / len(moved))
     return out | (dict(drop=top['clean'] - out['average_top1']) if 'clean' in top else {})
 
-# %% ../nbs/16_probes.ipynb #c075
+# %% ../nbs/16_probes.ipynb #c083
 NORMAL = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
 TRANSFORMS = {None: (lambda t: t, lambda t: t), 'log': (torch.log, torch.exp), 'logit': (torch.logit, torch.sigmoid), 'probit': (NORMAL.icdf, NORMAL.cdf)}
 
@@ -299,7 +312,7 @@ def _transformed(values, transform):
     if not bool(inside.all()): raise UserError(f"{float(t[~inside][0]):g} has no finite {transform or 'value'}: leave such points out, or measure them on more samples")
     return TRANSFORMS[transform][0](t)
 
-# %% ../nbs/16_probes.ipynb #c078
+# %% ../nbs/16_probes.ipynb #c086
 def fit_line(
     x, # numbers
     y, # as many
@@ -314,7 +327,7 @@ def fit_line(
     r2 = 1. if float(dy.square().sum()) == 0 else float(1 - rest / dy.square().sum())
     return float(slope), float(y.mean() - slope * x.mean()), r2
 
-# %% ../nbs/16_probes.ipynb #c081
+# %% ../nbs/16_probes.ipynb #c089
 def line_at(
     line: tuple, # from `fit_line`
     x, # numbers
@@ -323,7 +336,7 @@ def line_at(
     "Read a fitted line."
     return TRANSFORMS[transform][1](line[0] * _transformed(x, transform) + line[1]).tolist()
 
-# %% ../nbs/16_probes.ipynb #c084
+# %% ../nbs/16_probes.ipynb #c092
 def effective_robustness(
     clean, # accuracies on the ordinary test set
     shifted, # accuracies under a shift

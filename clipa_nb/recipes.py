@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from .core import LOCAL, Config, UserError, need, unknown
-from .cost import Tower, plan
+from .cost import Tower, memory, plan
 from .clip import ModelConfig, model_config
 from .data import Transform
 from .optimization import lr_for
@@ -156,6 +156,7 @@ def stage_plan(
     recipe: Recipe, # the run
     i: int, # which stage
     ranks: int = 1, # devices that share the batch
+    per_rank: int = 0, # samples a device holds at a time; 0: its whole share
 ) -> dict: # tokens, steps, samples, FLOPs, bytes on one device; raises `UserError` for impossible sizes
     "What one stage will take."
     s, m = recipe.stages[i], stage_model(recipe, i)
@@ -163,7 +164,10 @@ def stage_plan(
     if s.image_size % m.patch: raise UserError(f'stage {s.name}: an image of {s.image_size} pixels is not divisible by the patch of {m.patch}: use {s.image_size // m.patch * m.patch or m.patch} or {(s.image_size // m.patch + 1) * m.patch}')
     grid = (s.image_size // m.patch,) * 2
     kept = n_keep(s.image_strategy, grid, s.image_ratio)
-    return dict(stage=s.name, **plan(m, kept + m.cls, s.context_length, s.batch_size, s.steps, s.image_size, ranks, checkpointing=m.checkpointing, vocab=m.vocab_size, context=s.context_length))
+    held = dict(checkpointing=m.checkpointing, vocab=m.vocab_size, context=s.context_length)
+    out = dict(stage=s.name, **plan(m, kept + m.cls, s.context_length, s.batch_size, s.steps, s.image_size, ranks, **held))
+    share = -(-s.batch_size // ranks)
+    return dict(out, memory_bytes=memory(m, kept + m.cls, s.context_length, min(per_rank or share, share), ranks, tile=4096, **held)['total'])
 
 # %% ../nbs/17_recipes.ipynb #c035
 def smoke(

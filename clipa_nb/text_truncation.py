@@ -64,7 +64,7 @@ def block_words(
 def priority(
     tag: str, # Penn Treebank: NN, NNS, NNP, JJ, VBZ …
 ) -> int: # 0 for nouns, 1 for adjectives, 2 for verbs, 3 for the rest
-    "CLIPA's order of importance (method.md 2.3)."
+    "CLIPA's order of importance (CLIPA, both lineages)."
     return {'NN': 0, 'JJ': 1, 'VB': 2}.get(tag[:2], 3)
 
 # %% ../nbs/07_text_truncation.ipynb #c024

@@ -48,14 +48,14 @@ def set_rng_state(
 
 # %% ../nbs/13_trainer.ipynb #c018
 def split(
-    batch: dict, # first axis of every tensor is the sample
+    batch: dict, # first axis of every tensor, or list, is the sample
     chunks: int, # how many pieces; raises `UserError` where there are fewer samples
 ) -> list: # of dicts
     "The batch in `chunks` pieces of nearly equal size."
     n = len(next(iter(batch.values())))
     if not 1 <= chunks <= n: raise UserError(f'{n} samples cannot be accumulated in {chunks} chunks: use 1 to {n}')
-    pieces = {k: torch.tensor_split(v, chunks) for k, v in batch.items()}
-    return [{k: v[i] for k, v in pieces.items()} for i in range(chunks)]
+    ends = [i * n // chunks for i in range(chunks + 1)]
+    return [{k: v[a:b] for k, v in batch.items()} for a, b in zip(ends, ends[1:])]
 
 # %% ../nbs/13_trainer.ipynb #c021
 def replay(
@@ -99,7 +99,7 @@ def forward_backward(
     joined = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
     feats = {k: z.to(torch.promote_types(z.dtype, torch.float32)).requires_grad_() for k, z in joined.items()}
     with comm.no_sync(wrapped): out = task.loss(feats, batch, comm); out['loss'].backward()
-    replay(wrapped, parts, states, {k: f.grad for k, f in feats.items()}, comm, context)
+    replay(wrapped, parts, states, {k: f.grad for k, f in feats.items() if f.grad is not None}, comm, context)
     return {k: v.detach() for k, v in out.items()}
 
 # %% ../nbs/13_trainer.ipynb #c029
@@ -179,10 +179,11 @@ def unpack(
     "Put a packed state back."
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith('model.')})
     params = dict(model.named_parameters())
+    fused = {p for g in optimizer.param_groups if g.get('fused') for p in g['params']} if optimizer else ()
     for key, v in (tensors.items() if optimizer else ()):
         if not key.startswith('optimizer.'): continue
-        _, kind, name = key.split('.', 2)
-        optimizer.state[params[name]][kind] = v.clone() if kind == 'step' else v.to(params[name].device, copy=True)
+        _, kind, name = key.split('.', 2); p = params[name]
+        optimizer.state[p][kind] = v.to(p.device if kind != 'step' or p in fused else 'cpu', copy=True)
 
 # %% ../nbs/13_trainer.ipynb #c047
 class Checkpoints:
@@ -199,13 +200,15 @@ class Checkpoints:
     ) -> Path: # the new directory
         "Write, flush, rename, and drop the oldest."
         final, tmp = self.folder / f'step_{step:08d}', self.folder / f'.tmp_{step:08d}'
-        shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+        for stale in self.folder.glob('.tmp_*'): shutil.rmtree(stale, ignore_errors=True)
+        tmp.mkdir(parents=True)
         save_file(tensors, tmp / 'tensors.safetensors')
         with open(tmp / 'tensors.safetensors', 'rb') as f: os.fsync(f.fileno())
         write_json(tmp / 'state.json', dict(state, step=step, sha256=file_hash(tmp / 'tensors.safetensors')))
-        shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
+        if final.exists(): os.replace(final, self.folder / f'.tmp_old_{step:08d}')
+        os.replace(tmp, final)
         fd = os.open(self.folder, os.O_RDONLY); os.fsync(fd); os.close(fd)
-        for old in self.steps()[:-self.keep]: shutil.rmtree(old)
+        for old in self.steps()[:-self.keep]: shutil.rmtree(old, ignore_errors=True)
         return final
 
     def steps(self) -> list: return sorted(self.folder.glob('step_*'))
@@ -235,9 +238,10 @@ class Log:
     def __init__(self,
         path, # the file; its folder must exist
         resume_at: int = 0, # steps that are done; 0 starts the file anew
+        begins: str = '', # a stage that begins anew: its rows are forgotten too
     ):
         self.path = Path(path)
-        rows = [r for r in read_log(self.path) if r.get('step', 0) <= resume_at] if resume_at else []
+        rows = [r for r in read_log(self.path) if r.get('step', 0) <= resume_at and r.get('stage') != (begins or None)] if resume_at else []
         tmp = Path(f'{self.path}.tmp'); tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows)); os.replace(tmp, self.path)
 
     def __call__(self, **row):
@@ -252,10 +256,10 @@ class Stopped(Exception):
 # %% ../nbs/13_trainer.ipynb #c061
 @contextlib.contextmanager
 def interrupts():
-    "Within this block SIGINT and SIGTERM are remembered in the list it gives; a second one interrupts at once."
+    "Within this block SIGINT and SIGTERM are remembered in the list it gives; a second Ctrl-C interrupts at once."
     got, old = [], {}
     def handler(signum, frame):
-        if got: raise KeyboardInterrupt
+        if signum == signal.SIGINT and signal.SIGINT in got: raise KeyboardInterrupt
         got.append(signum)
     if threading.current_thread() is threading.main_thread():
         old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -266,11 +270,10 @@ def interrupts():
 # %% ../nbs/13_trainer.ipynb #c064
 def agree_to_stop(
     got: list, # what `interrupts` gave
-    comm=LOCAL, # ranks
-    device='cpu', # where the comm's tensors live
+    comm=LOCAL, # ranks; asked on the CPU, so that no GPU is kept waiting
 ) -> int: # the signal to stop for, or 0
     "The largest signal number that any rank received."
-    return int(comm.all_max(torch.tensor(float(got[0] if got else 0), device=device)))
+    return int(comm.all_max(torch.tensor(float(got[0] if got else 0))))
 
 # %% ../nbs/13_trainer.ipynb #c067
 class Meter:
@@ -301,7 +304,7 @@ def check_finite(
     step: int, # for the message
 ):
     "Raise `RuntimeError` where the loss or the gradient is not finite."
-    bad = [k for k in ('train/loss', 'train/grad_norm') if not abs(row[k]) < float('inf')]
+    bad = [k for k in ('train/loss', 'train/grad_norm') if not abs(float(row[k])) < float('inf')]
     if bad: raise RuntimeError(f"step {step}: {' and '.join(bad)} not finite (loss {row['train/loss']}, gradient norm {row['train/grad_norm']}): lower the learning rate or lengthen the warm-up")
 
 # %% ../nbs/13_trainer.ipynb #c076
@@ -336,7 +339,7 @@ def fit(
     check=lambda: None, # called once, after the first step's gradients
 ) -> int: # steps done
     "Train from `start` to `cfg.steps`."
-    meter, batches, device = Meter(), iter(batches), next(task.parameters()).device
+    meter, batches = Meter(), iter(batches)
     for step in range(start, cfg.steps):
         before = time.perf_counter(); batch = next(batches); meter.waited += time.perf_counter() - before
         seed_everything(seed_of(seed, 'step', step), comm.rank)
@@ -348,7 +351,8 @@ def fit(
         progress(1, row)
         if evals and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             log(step=step + 1, **run_evals(evals, task.model, comm)); meter = Meter()
-        stop = agree_to_stop(got, comm, device) if comm.size == 1 or row else 0
-        if stop or last or (cfg.save_every and (step + 1) % cfg.save_every == 0): save(step + 1)
+        stop = agree_to_stop(got, comm)
+        if stop or last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            check_finite({f'train/{k}': v for k, v in out.items()}, step + 1); save(step + 1)
         if stop and not last: raise Stopped(stop)
     return cfg.steps

@@ -70,7 +70,7 @@ def class_vectors(
     classes_per_batch: int = 10, # classes whose prompts are encoded together; None takes all at once
     progress: bool = False, # show a bar
 ) -> torch.Tensor: # [M,E], unit rows, on the model's device; raises `UserError` for empty lists
-    "The mean direction of each class's prompts (method.md 7)."
+    "The mean direction of each class's prompts, renormalised."
     names, templates = list(names), [templates] if isinstance(templates, str) or callable(templates) else list(templates)
     if not names or not templates: raise UserError(f'{len(names)} class names and {len(templates)} templates: a zero-shot head needs at least one of each')
     if classes_per_batch is not None and classes_per_batch < 1: raise UserError(f'{classes_per_batch} classes per batch: use at least 1, or None for all at once')

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What does each dial of the toy world do to what is learned? Appends one row a run to nbs/results/toyworld.jsonl.
 
-    python tests/bench/dials.py                 all runs that are not recorded yet, one after another (2 to 4 CPU-minutes each)
+    python tests/bench/dials.py                 all runs that are not recorded yet, one after another (about 2 CPU-minutes each)
     python tests/bench/dials.py --part 0 --of 2 every second one, to share them between two cores
 
 Every run is the toy recipe, shortened, with one thing changed; nothing else differs from `clipa train toy`.
@@ -31,17 +31,17 @@ SHORT = {'class_top1': 'val/seen-zeroshot-val-top1', 'heldout': 'val/heldout-zer
 
 def recipe(world, changes):
     dials = () if changes is None else tuple({**base, **changes}.items())
-    return TOY.replace(name='toy-short', data=TOY.data.replace(name=world, dials=dials)).with_stages({'samples': 115_200}, {'samples': 28_800})
+    return TOY.replace(name='toy-short', data=TOY.data.replace(name=world, dials=dials)).with_stages({'samples': 76_800}, {'samples': 19_200})
 
 def key(world, changes): return json.dumps([world, recipe(world, changes).data.to_dict()['dials']])
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--part', type=int, default=0); ap.add_argument('--of', type=int, default=1); ap.add_argument('--seed', type=int, default=0)
+    ap.add_argument('--part', type=int, default=0); ap.add_argument('--of', type=int, default=1); ap.add_argument('--seed', type=int, default=0); ap.add_argument('--reverse', action='store_true', help='begin with the last')
     a = ap.parse_args(); torch.set_num_threads(1)
     out = ROOT / 'nbs' / 'results' / 'toyworld.jsonl'; out.parent.mkdir(exist_ok=True)
     unique = list({key(w, c): (w, c) for _, _, w, c in RUNS}.items())
-    for k, (world, changes) in unique[a.part::a.of]:
+    for k, (world, changes) in unique[a.part::a.of][::-1 if a.reverse else 1]:
         done = [json.loads(l) for l in out.read_text().splitlines()] if out.exists() else []
         if any(r['data'] == k and r['seed'] == a.seed for r in done): continue
         with tempfile.TemporaryDirectory() as folder:
