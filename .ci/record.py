@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn a finished run directory into one row of nbs/results: `.ci/record.py runs/demo nbs/results/demo.jsonl [dial=value]`."""
+"""Turn a finished run directory into one row of nbs/results: `.ci/record.py runs/demo nbs/results/demo.jsonl [git_sha=of the run]`."""
 import json, subprocess, sys
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def curve(folder: Path) -> list:
 
 def row(folder: Path, **extra) -> dict:
     report = json.loads((folder / 'report.json').read_text())
-    sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    sha = extra.pop('git_sha', None) or subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
     out = dict(git_sha=sha, recipe=report['recipe'], seed=report['seed'], hardware=f"{cpu_name()}, {report['hardware']}" if report['device'] == 'cpu' else report['hardware'],
                torch=report['versions']['torch'], precision=report['precision'], seconds=round(sum(s['seconds'] for s in report['stages']), 1),
                cpu_seconds=round(sum(s['cpu_seconds'] for s in report['stages']), 1), **extra, metrics={k: round(v, 4) for k, v in report['metrics'].items()}, stages=report['stages'], curve=curve(folder))

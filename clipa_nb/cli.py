@@ -6,8 +6,9 @@
 __all__ = ['LINES', 'Flags', 'COMMANDS', 'Options', 'n_workers', 'effective', 'claim', 'wait', 'open_data', 'unseen_words',
            'open_tokenizer', 'trial_seconds', 'make_plan', 'plan_table', 'Run', 'quick_evals', 'begin_stage',
            'Stopwatch', 'train_stage', 'train_stages', 'stage_rows', 'evaluate', 'headlines', 'shift_scores',
-           'report_table', 'draw_report', 'finish', 'run', 'full_length', 'compare_run', 'demo', 'train', 'recipes',
-           'cost', 'eval_model', 'data', 'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped', 'main']
+           'report_table', 'draw_report', 'finish', 'run', 'full_length', 'equal_steps', 'compare_run', 'demo', 'train',
+           'recipes', 'cost', 'eval_model', 'data', 'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped',
+           'main']
 
 # %% ../nbs/19_cli.ipynb #c002
 import json, os, platform, shlex, signal, sys, time
@@ -42,7 +43,7 @@ class Options(Config):
     checkpoint_steps: int = 0 # steps between checkpoints; 0: a tenth of each stage, at most 1000
     smoke: bool = False # the recipe's smoke twin: seconds on a CPU
     dry_run: bool = False # print the plan and stop
-    compare: bool = False # also train at full length all along, for the same CPU time
+    compare: bool = False # also train at full length all along, for as long as the stages take
     debug: bool = False # tracebacks instead of one-line errors
 
 # %% ../nbs/19_cli.ipynb #c008
@@ -275,7 +276,7 @@ def train_stage(
     task, optimizer, start = begin_stage(run, i, weights, restored)
     model, watch, earlier = task.model, Stopwatch(**run.tally[i]), run.recipe.stages[:i]
     cfg = train_config(stage, run.precision, comm.size, options.batch_size or None, log_every=max(1, min(20, stage.steps // 10)),
-                       save_every=options.checkpoint_steps or min(1000, stage.steps // 10) or 1, eval_every=stage.steps // (1 if options.smoke else 4) or 1)
+                       save_every=options.checkpoint_steps or min(1000, stage.steps // 10) or 1, eval_every=-(-stage.steps // (1 if options.smoke else 4)))
     first, seen, evals = run.before(i), sum(s.steps * s.batch_size for s in earlier), {k: watch.without(f) for k, f in quick_evals(run, i).items()}
     log = Log(run.out / 'metrics.jsonl', first + start, '' if start else stage.name) if comm.rank == 0 else (lambda **row: None)
     def record(step, **row):
@@ -443,24 +444,32 @@ def full_length(
     whole = last.replace(name='full length', image_strategy='none', image_ratio=0., text_strategy='truncate', samples=samples, base_lr=first.base_lr, warmup=first.warmup)
     return recipe.replace(name=f'{recipe.name}-full', stages=(whole,))
 
+def equal_steps(
+    recipe: Recipe, # a run of several stages
+    device, # where
+    precision: str, # 'fp32' or 'amp_bf16'
+    rounds: int = 5, # turns; the medians count
+) -> int: # steps of the full length
+    "How many full-length steps take as long as all steps of all stages."
+    whole, last = full_length(recipe, recipe.stages[-1].batch_size), len(recipe.stages)
+    turns = [[trial_seconds(recipe, i, device, precision, 1) if i < last else trial_seconds(whole, 0, device, precision, 1) for i in range(last + 1)] for _ in range(rounds)]
+    *parts, full = [sorted(t)[rounds // 2] for t in zip(*turns)]
+    return max(1, round(sum(s.steps * t for s, t in zip(recipe.stages, parts)) / full))
+
+# %% ../nbs/19_cli.ipynb #c080
 def compare_run(
     this: Run, # a finished training
 ) -> dict: # the report of the other
-    "Train the full-length twin for the same CPU time."
+    "Train the full-length twin for the same time."
     folder = this.out / 'compare'; budget = folder / 'budget.json'
-    if not budget.exists() and this.comm.rank == 0:
+    if this.comm.rank == 0 and not budget.exists():
         folder.mkdir(exist_ok=True)
-        probe = full_length(this.recipe, this.recipe.stages[-1].batch_size)
-        start = time.process_time(); trial_seconds(probe, 0, this.device, this.precision, steps=11)
-        per_step = (time.process_time() - start) / 12
-        steps = max(1, round(sum(t['cpu_seconds'] for t in this.tally) / per_step))
-        write_json(budget, dict(steps=steps, cpu_seconds_per_step=per_step))
+        write_json(budget, dict(steps=equal_steps(this.recipe, this.device, this.precision)))
     wait(this.comm, this.device)
-    steps = json.loads(budget.read_text())['steps']
-    recipe = full_length(this.recipe, steps * this.recipe.stages[-1].batch_size)
+    recipe = full_length(this.recipe, json.loads(budget.read_text())['steps'] * this.recipe.stages[-1].batch_size)
     return run(recipe, this.options.replace(out=str(folder / 'run'), smoke=False, max_steps=0, compare=False), this.comm)
 
-# %% ../nbs/19_cli.ipynb #c080
+# %% ../nbs/19_cli.ipynb #c083
 import tyro
 from typing import Literal
 from tyro.conf import OmitArgPrefixes, Positional
@@ -468,23 +477,23 @@ from .core import unknown
 from .cost import HARDWARE, dollars, hours
 Flags = OmitArgPrefixes[Options]
 
-# %% ../nbs/19_cli.ipynb #c082
+# %% ../nbs/19_cli.ipynb #c085
 def demo(options: Flags = Options()):
     "The toy world, two-stage CLIPA training, and a zero-shot report: minutes on a laptop CPU."
     need('matplotlib', 'demo', 'clipa demo'); need('sklearn', 'demo', 'clipa demo')
     run(recipe_named('toy'), options if options.out else options.replace(out='runs/demo' + ('-smoke' if options.smoke else '')))
 
-# %% ../nbs/19_cli.ipynb #c085
+# %% ../nbs/19_cli.ipynb #c088
 def train(recipe: Positional[str], options: Flags = Options()):
     "Train a recipe at any scale; `clipa recipes` lists them."
     run(recipe_named(recipe), options)
 
-# %% ../nbs/19_cli.ipynb #c088
+# %% ../nbs/19_cli.ipynb #c091
 def recipes():
     "List the recipes."
     for name, r in RECIPES.items(): print(f'{name:24s}', ' → '.join(f'{s.image_size} px, {s.context_length} tokens, {s.samples / 1e6:,.1f} M pairs' for s in r.stages))
 
-# %% ../nbs/19_cli.ipynb #c091
+# %% ../nbs/19_cli.ipynb #c094
 def cost(recipe: Positional[str], gpu: str = 'H100', mfu: float = 0.4, dollars_per_hour: float = 2., debug: bool = False):
     "What a recipe costs before it is started."
     if gpu not in HARDWARE: raise unknown('GPU', gpu, HARDWARE)
@@ -496,7 +505,7 @@ def cost(recipe: Positional[str], gpu: str = 'H100', mfu: float = 0.4, dollars_p
     print(f'  together {total:12,.1f} {gpu}-hours at {mfu:.0%} of the peak, ${dollars(total, dollars_per_hour):,.0f} at ${dollars_per_hour}/hour')
     return total
 
-# %% ../nbs/19_cli.ipynb #c094
+# %% ../nbs/19_cli.ipynb #c097
 def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: str = 'auto', out: str = '', debug: bool = False):
     "Evaluate a saved model; prints one table and, with --out, writes one JSON file."
     folder = Path(model)
@@ -509,7 +518,7 @@ def eval_model(model: Positional[str], suite: Literal['toy'] = 'toy', device: st
     if out: write_json(Path(out), report)
     return report
 
-# %% ../nbs/19_cli.ipynb #c097
+# %% ../nbs/19_cli.ipynb #c100
 def data(action: Positional[Literal['make', 'check', 'index']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
     "Make toy shards in a folder; read shards through and count what is wrong with them; or count their pairs into sizes.json."
     if action == 'make':
@@ -528,7 +537,7 @@ def data(action: Positional[Literal['make', 'check', 'index']], path: Positional
     print(f"{len(source)} pairs, {sum(map(len, bad.values()))} that cannot be decoded")
     for cause, where in bad.items(): print(f"  {cause}: {len(where)}, first {', '.join(where[:3])}")
 
-# %% ../nbs/19_cli.ipynb #c100
+# %% ../nbs/19_cli.ipynb #c103
 def rate(
     f, # does the work
     n: float, # samples it moves
@@ -537,7 +546,7 @@ def rate(
     f(); start = time.perf_counter(); f()
     return n / max(time.perf_counter() - start, 1e-9)
 
-# %% ../nbs/19_cli.ipynb #c103
+# %% ../nbs/19_cli.ipynb #c106
 def measure(
     this: Run, # opened
     stage: Stage, # whose step is measured
@@ -552,7 +561,7 @@ def measure(
     if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), share)
     return out
 
-# %% ../nbs/19_cli.ipynb #c106
+# %% ../nbs/19_cli.ipynb #c109
 def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     "Measure reading, decoding, the loader, the step and the gather apart, and name the bottleneck."
     import tempfile
@@ -565,19 +574,19 @@ def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     print(f"the bottleneck is: {min((k for k in rates if k != 'decode'), key=rates.get)}")
     return rates
 
-# %% ../nbs/19_cli.ipynb #c109
+# %% ../nbs/19_cli.ipynb #c112
 def export(model: Positional[str], out: Positional[str], debug: bool = False):
     "Write a model in the layout that open_clip and the Hub read."
     name = f'local-dir:{model}' if Path(model).is_dir() else model
     net, _, _ = create_model_and_transforms(name)
     save_pretrained(net, out, tokenizer=get_tokenizer(name)); print(f'written to {out}')
 
-# %% ../nbs/19_cli.ipynb #c112
+# %% ../nbs/19_cli.ipynb #c115
 def import_model(model: Positional[str], out: Positional[str], debug: bool = False):
     "Read an open_clip or Hugging Face model (`local-dir:PATH`, `hf-hub:ORG/NAME`) and write it in this package's layout."
     export(model if ':' in model else f'local-dir:{model}', out)
 
-# %% ../nbs/19_cli.ipynb #c115
+# %% ../nbs/19_cli.ipynb #c118
 COMMANDS = {'demo': demo, 'train': train, 'eval': eval_model, 'cost': cost, 'recipes': recipes, 'data': data, 'doctor': doctor, 'export': export, 'import': import_model}
 
 def stopped(e: Stopped, argv: list) -> int: # the exit code
@@ -586,7 +595,7 @@ def stopped(e: Stopped, argv: list) -> int: # the exit code
     if os.environ.get('RANK', '0') == '0': print(f'clipa: stopped by {e}; a checkpoint is kept. To go on: {again}', file=sys.stderr)
     return 130 if e.signum == signal.SIGINT else 75
 
-# %% ../nbs/19_cli.ipynb #c118
+# %% ../nbs/19_cli.ipynb #c121
 def main(
     argv: list = None, # arguments; None: those of the process
 ) -> int: # the exit code
@@ -605,5 +614,5 @@ def main(
     finally: disconnect()
     return 0
 
-# %% ../nbs/19_cli.ipynb #c121
+# %% ../nbs/19_cli.ipynb #c124
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

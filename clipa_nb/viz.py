@@ -454,7 +454,8 @@ def report_picture(
 @styled
 def two_stages(
     costs: dict, # {label: GFLOPs of a pair}
-    rows=(), # recorded points [{'run', 'seconds', 'top1'}], top1 a share; optional 'stage'
+    rows=(), # recorded points [{'run', 'spent', 'top1'}], top1 a share; optional 'stage'
+    spent: str = 'seconds of training', # what `spent` counts
     title: str = 'the method in miniature', # above the curves
 ) -> Figure:
     "What a pair costs, beside what recorded runs reached in how much time."
@@ -462,7 +463,7 @@ def two_stages(
     _bars_on(left, {'': costs}, 'one image–text pair, forward', ' GFLOP', '.0f')
     if not rows: right.axis('off'); right.text(0.5, 0.5, 'not run', ha='center', va='center', color=PALETTE['faint']); return fig
     for i, run in enumerate(dict.fromkeys(r['run'] for r in rows)):
-        at = [(r['seconds'], 100 * r['top1']) for r in rows if r['run'] == run]
+        at = [(r['spent'], 100 * r['top1']) for r in rows if r['run'] == run]
         right.plot(*zip(*at), marker='o', color=SERIES[i % len(SERIES)], label=run)
-    right.set(xlabel='seconds of training', ylabel='zero-shot top-1, %', ylim=(0, 100)); right.set_title(title); right.grid(True); right.legend(loc='lower right')
+    right.set(xlabel=spent, ylabel='zero-shot top-1, %', ylim=(0, 100)); right.set_title(title); right.grid(True); right.legend(loc='lower right')
     return fig
