@@ -1,7 +1,6 @@
 "One torch thread: the test machines are small and shared."
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-os.environ.setdefault('MPLBACKEND', 'agg')
 import pytest, torch
 torch.set_num_threads(1)
 
