@@ -148,6 +148,7 @@ def trial_seconds(
     precision: str, # 'fp32' or 'amp_bf16'
     steps: int = 3, # timed ones, after one that warms up
     n: int = 0, # samples in a trial step; 0: the stage's batch
+    clock=time.perf_counter, # what is read before and after a step
 ) -> float: # seconds for one step of `n` samples, without the loader
     "The time of one step, from a few steps on random numbers."
     s, m = recipe.stages[i], stage_model(recipe, i)
@@ -158,7 +159,7 @@ def trial_seconds(
     optimizer, cfg = make_optimizer(model, lr=s.lr, weight_decay=s.weight_decay), TrainConfig(precision=precision)
     spent = []
     for step in range(steps + 1):
-        start = time.perf_counter(); float(train_step(task, task, batch, optimizer, step, cfg)['loss']); spent.append(time.perf_counter() - start)
+        start = clock(); float(train_step(task, task, batch, optimizer, step, cfg)['loss']); spent.append(clock() - start)
     return sorted(spent[1:])[steps // 2]
 
 # %% ../nbs/19_cli.ipynb #c032
@@ -451,8 +452,12 @@ def equal_steps(
     rounds: int = 5, # turns; the medians count
 ) -> int: # steps of the full length
     "How many full-length steps take as long as all steps of all stages."
-    whole, last = full_length(recipe, recipe.stages[-1].batch_size), len(recipe.stages)
-    turns = [[trial_seconds(recipe, i, device, precision, 1) if i < last else trial_seconds(whole, 0, device, precision, 1) for i in range(last + 1)] for _ in range(rounds)]
+    cpu, threads, whole = torch.device(device).type == 'cpu', torch.get_num_threads(), full_length(recipe, recipe.stages[-1].batch_size)
+    trials = [(recipe, i) for i in range(len(recipe.stages))] + [(whole, 0)]
+    try:
+        if cpu: torch.set_num_threads(1)
+        turns = [[trial_seconds(r, i, device, precision, 2, clock=time.process_time if cpu else time.perf_counter) for r, i in trials] for _ in range(rounds)]
+    finally: torch.set_num_threads(threads)
     *parts, full = [sorted(t)[rounds // 2] for t in zip(*turns)]
     return max(1, round(sum(s.steps * t for s, t in zip(recipe.stages, parts)) / full))
 
