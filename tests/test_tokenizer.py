@@ -1,0 +1,312 @@
+"Ids: equal to the original operations, to open_clip, to the library; bad input; vocabularies that are damaged or elsewhere."
+import gzip, hashlib, importlib.util, json, multiprocessing, os, pickle, random, socket, unicodedata
+from pathlib import Path
+import pytest, torch
+from clipa_nb.core import UserError
+from clipa_nb.text_truncation import TEXT_STRATEGIES, rule_tagger, text_strategy
+from clipa_nb.tokenizer import (MODES, SPECIAL, ClipBPE, Tokenizer, WordPiece, _CLIP_ASCII, _CLIP_SPLIT, _SPELLED, _plain, _plain_words, _tidy, _whole, caption_file, digest, load_tokenizer,
+                                official_words, open_clip_words, published, train_wordpiece)
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURE = json.loads((ROOT / 'tests' / 'fixtures' / 'tokenizer' / 'official.json').read_text('utf-8'))
+SMALL = ROOT / 'tests' / 'fixtures' / 'tokenizer' / 'small_vocab.txt'
+BERT = ROOT.parent / 'shared' / 'data' / 'bert-base-uncased-vocab.txt'
+OLD = unicodedata.ucd_3_2_0
+
+def merges_file():
+    spec = importlib.util.find_spec('open_clip')
+    found = [Path(f) / 'bpe_simple_vocab_16e6.txt.gz' for f in (spec.submodule_search_locations if spec else ())]
+    return next((f for f in found if f.exists()), None)
+
+def lines(path): return path.read_text('utf-8').split('\n')[:-1]
+def ids(t, text): return [i for _, p in t.words(text) for i in p]
+
+@pytest.fixture(scope='module')
+def small(): return WordPiece(lines(SMALL))
+@pytest.fixture(scope='module')
+def bert():
+    if not BERT.exists(): pytest.skip(f'the published vocabulary is not at {BERT.relative_to(ROOT.parent)}')
+    return WordPiece(lines(BERT))
+@pytest.fixture(scope='module')
+def clip():
+    if merges_file() is None: pytest.skip('open_clip, which carries the merges of CLIP, is not installed')
+    return load_tokenizer(merges_file())
+@pytest.fixture(scope='module')
+def tiny(): return ClipBPE([('d', 'o'), ('do', 't'), ('dot', 's</w>'), ('h', 'o'), ('ho', 't</w>'), ('dot', '</w>')][:5])
+
+@pytest.fixture(scope='module')
+def bpe(tiny): return load_tokenizer(merges_file()) if merges_file() else tiny
+
+def fuzzed(n, seed):
+    "Captions with every trouble of the web: markup, broken encodings, spelled special tokens, any character of Unicode 3.2."
+    rng = random.Random(seed)
+    known = [c for c in map(chr, range(1, 0x30000)) if OLD.category(c) not in ('Cn', 'Co', 'Cs')]
+    words = "a photo of the Striped cat's dog isn't THEY'LL 3D $5.99 naïve café straße ﬁne ½ 你好 Привет 한국어 ΟΔΟΣ [CLS] [SEP] [MASK] [PAD] [unk] <start_of_text> <END_OF_TEXT> <|endoftext|> &amp; &lt;b&gt; &amp;#39; &nbsp; &copy â€™ Ã© â€œhiâ€\x9d ï»¿ 😀👨‍👩‍👧 'ſ http://x.y/z?q=1".split()
+    signs = [*map(chr, range(32, 127)), *'\t\n\r\x00\x07\x1b\x7f\x85\xa0\xad\u200b\u2028\u3000\ufeff\ufffdſKİıßςﬁ１Ａ'] + ['\ud83d', '\ud83d\ude00']
+    def piece():
+        u = rng.random()
+        return ' ' + rng.choice(words) if u < .6 else rng.choice(signs) if u < .9 else rng.choice(known)
+    return [''.join(piece() for _ in range(rng.randint(0, 18))) for _ in range(n)]
+
+# ---- CLIPA's own ids
+
+@pytest.mark.parametrize('vocabulary', ['small', 'bert-base-uncased'])
+def test_official_ids_are_those_of_the_original_operations(vocabulary, request):
+    t, made = request.getfixturevalue('small' if vocabulary == 'small' else 'bert'), FIXTURE[vocabulary]
+    assert digest(t) == made['sha256']
+    wrong = [(ascii(s), ids(t, s), e) for s, e in zip(FIXTURE['strings'], made['ids'], strict=True) if ids(t, s) != e]
+    assert not wrong, (len(wrong), wrong[:3])
+    assert t(FIXTURE['strings'], 8).tolist() == made['rows_8']
+    for T in (2, 16, 32): assert t(FIXTURE['strings'], T).tolist() == [([t.vocab['[CLS]'], *e] + [0] * T)[:T] for e in made['ids']]
+
+def test_the_fixture_can_fail(small):
+    "At least 200 strings by hand, and in every known kind of difference the stock tokenizer of the library is wrong."
+    from tokenizers import Tokenizer as Rust, models, normalizers, pre_tokenizers
+    r = Rust(models.WordPiece(small.vocab, unk_token='[UNK]', max_input_chars_per_word=100)); r.normalizer, r.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(); r.add_special_tokens(list(SPECIAL))
+    assert sum(map(len, FIXTURE['groups'].values())) >= 200 and len(FIXTURE['strings']) >= 600
+    differ = {g: sum(r.encode(FIXTURE['strings'][i]).ids != FIXTURE['small']['ids'][i] for i in at) for g, at in FIXTURE['groups'].items()}
+    for g in ('sharp s and case folding', 'ligatures and compatibility', 'full and half width', 'replacement character', 'control characters', 'special tokens spelled out', 'hundred bytes', 'invisible characters'): assert differ[g] >= 3, (g, differ)
+
+def test_every_character_is_normalised_as_by_the_original_operations():
+    assert len(FIXTURE['blocks']) > 350
+    wrong = []
+    for block, expected in FIXTURE['blocks'].items():
+        cs = [c for c in map(chr, range(256 * int(block, 16), 256 * int(block, 16) + 256)) if OLD.category(c) not in ('Cn', 'Cs', 'Co')]
+        if hashlib.sha256('\n'.join('\t'.join(official_words(f'a{c}b')) for c in cs).encode()).hexdigest()[:12] != expected: wrong.append(block)
+    if unicodedata.unidata_version < '14': wrong.remove('17') # U+1734, a sign of Hanunoo, became a spacing mark in Unicode 14
+    assert wrong == []
+
+# ---- open_clip's ids
+
+@pytest.fixture(scope='module')
+def captions(): return fuzzed(2500, 3)
+
+def test_open_clip_mode_equals_hf_tokenizer(bert, captions, tmp_path):
+    "The other side is made by transformers from vocab.txt alone; nothing of ours is in it."
+    for m in ('transformers', 'ftfy'): pytest.importorskip(m)
+    HFTokenizer = pytest.importorskip('open_clip.tokenizer').HFTokenizer
+    (tmp_path / 'vocab.txt').write_bytes(BERT.read_bytes()); (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    theirs, ours = HFTokenizer(str(tmp_path), strip_sep_token=True), WordPiece(bert.pieces, mode='open_clip')
+    for T in (8, 32, 77):
+        a, b = theirs(captions, T), ours(captions, T)
+        assert a.dtype == b.dtype and (a == b).all(), [(ascii(captions[i]), a[i].tolist(), b[i].tolist()) for i in (a != b).any(1).nonzero()[:3, 0]]
+    assert (bert(captions, 32) != ours(captions, 32)).any(1).sum() > 300 # the captions can tell the modes apart
+
+def test_clip_ids_equal_simple_tokenizer(clip, captions):
+    pytest.importorskip('ftfy')
+    theirs = pytest.importorskip('open_clip.tokenizer').SimpleTokenizer()
+    assert clip.vocab_size == 49408 == theirs.vocab_size
+    for T in (3, 8, 77):
+        a, b = theirs(captions, T), clip(captions, T)
+        assert (a == b).all(), [(ascii(captions[i]), a[i].tolist(), b[i].tolist()) for i in (a != b).any(1).nonzero()[:3, 0]]
+
+def test_without_ftfy_a_warning_says_so(monkeypatch, tiny):
+    import clipa_nb.tokenizer as m
+    monkeypatch.setattr(m, '_mend', lambda: None)
+    with pytest.warns(UserWarning, match='ftfy is not installed'): assert tiny.split('it’s') == ['it', '’', 's']
+
+# ---- the library, and the fast path
+
+def test_cuts_are_those_found_by_hand(small, tiny):
+    rng = random.Random(0)
+    def longest_match(word):
+        out, start = [], 0
+        while start < len(word):
+            fit = next((e for e in range(len(word), start, -1) if '##' * (start > 0) + word[start:e] in small.vocab), None)
+            if fit is None: return [small.vocab['[UNK]']]
+            out.append(small.vocab['##' * (start > 0) + word[start:fit]]); start = fit
+        return out
+    def merged(word):
+        c = [*word[:-1], word[-1] + '</w>']
+        for a, b in tiny.merges:
+            i = 0
+            while i < len(c) - 1:
+                if (c[i], c[i + 1]) == (a, b): c[i:i + 2] = [a + b]
+                else: i += 1
+        return [tiny.vocab[x] for x in c]
+    for _ in range(2000):
+        w = ''.join(rng.choice(['strip', 'stripe', 'ed', 'd', 's', 'ing', 'ß', 'e', 'x', 'привет', '你']) for _ in range(rng.randint(1, 5)))
+        assert small.cut(w) == longest_match(w)
+        w = ''.join(rng.choice('dotsh') for _ in range(rng.randint(1, 9)))
+        assert tiny.cut(w) == merged(w)
+
+def test_the_fast_path_for_plain_ascii_changes_nothing():
+    rng = random.Random(1)
+    for _ in range(4000):
+        t = ''.join(map(chr, (rng.choice((32, rng.randint(32, 126), rng.randint(97, 122))) for _ in range(rng.randint(0, 40)))))
+        assert _plain(t) and official_words(t) == _plain_words(t, True) and official_words(t, lower=False) == _plain_words(t, False)
+        clean = _tidy(t).lower()
+        assert _CLIP_ASCII.findall(clean) == [w for w, _ in _CLIP_SPLIT.pre_tokenize_str(clean)]
+
+@pytest.mark.parametrize('mode', MODES)
+def test_the_saved_pipeline_gives_the_same_ids(small, mode):
+    "All that a pipeline of the library cannot express: spelled special tokens, 100 bytes, two old alphabets; mending in mode open_clip."
+    t = WordPiece(small.pieces, mode=mode); r, n = t.rust(), 0
+    for s in FIXTURE['strings']:
+        if _SPELLED.search(s) or max((len(unicodedata.normalize('NFKD', w).encode()) for w in s.split()), default=0) > 90 or any(0x13a0 <= ord(c) < 0x1400 or 0xab70 <= ord(c) < 0xabc0 or 0x1c80 <= ord(c) < 0x1c89 for c in s): continue
+        if mode == 'open_clip' and s != _tidy(s): continue
+        n += 1; assert r.encode(s, add_special_tokens=False).ids == ids(t, s), ascii(s)
+    assert n > (600 if mode == 'official' else 300)
+
+def test_the_memory_is_verified_and_bounded(small, bpe, captions):
+    for t in (WordPiece(small.pieces), WordPiece(small.pieces, mode='open_clip'), pickle.loads(pickle.dumps(bpe))):
+        first = t(captions, 32); t._cache.clear(); t._cache.limit = 200
+        for c in captions[:400]: t(c, 32); assert len(t._cache) <= 200
+        for name in TEXT_STRATEGIES: t(captions[:400], 6, text_strategy(name, rule_tagger)) # none of them writes into what it is handed
+        assert t(captions, 32).equal(first) and all(w == word and p == t.cut(w) and len(w) <= 64 for w, (word, p) in t._cache.items())
+        assert len(pickle.loads(pickle.dumps(t))._cache) == 0
+
+# ---- bad input
+
+@pytest.fixture(params=['official', 'open_clip', 'bpe'])
+def any_tokenizer(request, small, tiny): return tiny if request.param == 'bpe' else WordPiece(small.pieces, mode=request.param)
+
+@pytest.mark.parametrize('texts,says', [(None, 'NoneType'), (b'bytes', 'bytes'), (7, 'int'), (['a', None], 'text 1 is of type NoneType'), (['a', 'b', b'c'], 'text 2 is of type bytes'), ([['a']], 'text 0 is of type list'),
+    (['a', float('nan')], 'text 1 is of type float'), ({'a': 1}, 'dict'), ({'a', 'b'}, 'set'), (torch.tensor(3), 'Tensor'), (torch.tensor([3]), 'text 0 is of type Tensor'), (3.5, 'float')])
+def test_what_is_no_caption_is_named(any_tokenizer, texts, says):
+    with pytest.raises(UserError, match=says): any_tokenizer(texts)
+
+@pytest.mark.parametrize('length', [1, 0, -3, True, 8.0, '8'])
+def test_context_lengths_that_cannot_be(any_tokenizer, length):
+    with pytest.raises(UserError, match='context length'): any_tokenizer('a', length)
+    with pytest.raises(UserError, match='context length'): type(any_tokenizer)(any_tokenizer.merges if isinstance(any_tokenizer, ClipBPE) else any_tokenizer.pieces, length)
+
+def test_hard_captions_give_whole_rows(any_tokenizer):
+    t = any_tokenizer; n = len(t.prefix) + len(t.suffix)
+    hard = ['', ' ', '\n', 'a' * 100_000, 'a ' * 50_000, '😀' * 100_000, '.' * 100_000, '你' * 100_000, '\u0301' * 100_000, '&amp;' * 20_000, '\ud83d', '\ude00\ud83d', 'a\ud83d b', ''.join(map(chr, range(32))), ''.join(map(chr, range(127, 160))), '\x00', '[CLS][SEP][MASK]', '<end_of_text>' * 9]
+    rows = t(hard, 16)
+    assert rows.shape == (len(hard), 16) and rows.dtype == torch.int64 and 0 <= rows.min() and rows.max() < t.vocab_size and (rows[:, 0] == t.prefix[0]).all()
+    assert rows[0].tolist() == [*t.prefix, *t.suffix] + [0] * (16 - n)
+    assert t('\ud83d\ude00', 16).equal(t('😀', 16)) and t('a\ud83d b', 16).equal(t('a\ufffd b', 16))
+    for r in rows: assert isinstance(t.decode(r), str)
+    assert t('x', n + 1).shape == (1, n + 1) and t([], 5).shape == (0, 5) and t(('a', 'b'), 5).shape == (2, 5)
+    assert len(t._cache) == len([w for w in t._cache if len(w) <= 64])
+
+def test_a_strategy_that_breaks_its_contract_is_named(any_tokenizer):
+    t = any_tokenizer
+    class Batch:
+        def __init__(self, n): self.n = n
+        def __call__(self, words, k, generator): raise AssertionError('batch comes first')
+        def batch(self, captions, k, generator): return [[1] * k] * self.n
+    assert t(['a', 'b'], 6, Batch(2)).shape == (2, 6)
+    for wrong, says in ((Batch(1), '1 lists for 2 captions'), (lambda w, k, g: [1] * (k + 1), 'may return at most'), (lambda w, k, g: [t.vocab_size], 'not integers from 0'), (lambda w, k, g: [-1], 'not integers'), (lambda w, k, g: [1.5], 'not integers'), ('syntax', 'expected a function')):
+        with pytest.raises(UserError, match=says): t(['a', 'b'], 6, wrong)
+
+@pytest.mark.parametrize('wrong,says', [([-1], 'found id -1'), ([10**6], 'another vocabulary'), (torch.ones(2, 3, dtype=torch.int64), '2 rows')])
+def test_ids_that_cannot_be_read(any_tokenizer, wrong, says):
+    with pytest.raises(UserError, match=says): any_tokenizer.decode(wrong)
+
+# ---- vocabularies
+
+def damaged(pieces, how):
+    n = len(pieces)
+    return {'cut short': pieces[:2 * n // 3], 'one line lost': pieces[:n // 2] + pieces[n // 2 + 1:], 'last line lost': pieces[:-1], 'two exchanged': [*pieces[:n // 2], pieces[n // 2 + 1], pieces[n // 2], *pieces[n // 2 + 2:]],
+            'sorted': [*pieces[:n // 30], *sorted(pieces[n // 30:])], 'reversed': [*pieces[:200], *pieces[:199:-1]], 'twice': [*pieces[:n // 2], pieces[n // 3], *pieces[n // 2:]], 'an empty line': [*pieces[:n // 2], '', *pieces[n // 2:]]}[how]
+DAMAGES = ('cut short', 'one line lost', 'last line lost', 'two exchanged', 'sorted', 'reversed', 'twice', 'an empty line')
+
+@pytest.mark.parametrize('how', DAMAGES)
+def test_a_damaged_published_vocabulary_is_refused(bert, how, tmp_path):
+    (tmp_path / 'vocab.txt').write_text('\n'.join(damaged(bert.pieces, how)) + '\n', 'utf-8')
+    for where in (tmp_path / 'vocab.txt', tmp_path):
+        with pytest.raises(UserError, match='fetch (it|the file) again'): load_tokenizer(where)
+
+@pytest.mark.parametrize('how', DAMAGES)
+def test_damaged_merges_are_refused(clip, how, tmp_path):
+    (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *damaged([' '.join(m) for m in clip.merges], how)]) + '\n', 'utf-8')
+    with pytest.raises(UserError, match='fetch (it|the file) again'): load_tokenizer(tmp_path)
+
+@pytest.mark.parametrize('how', DAMAGES)
+@pytest.mark.parametrize('file', ['vocab.txt', 'tokenizer.json'])
+def test_a_damaged_saved_vocabulary_is_refused(small, how, file, tmp_path):
+    small.save(tmp_path); pieces = damaged(small.pieces, how)
+    if file == 'vocab.txt': (tmp_path / 'tokenizer.json').unlink(); (tmp_path / file).write_text('\n'.join(pieces) + '\n', 'utf-8')
+    else:
+        spec = json.loads((tmp_path / file).read_text('utf-8')); spec['model']['vocab'] = {p: i for i, p in enumerate(pieces)}; (tmp_path / file).write_text(json.dumps(spec))
+    with pytest.raises(UserError): load_tokenizer(tmp_path)
+
+@pytest.mark.parametrize('file,raw,says', [('vocab.txt', '[PAD]\nnaïve\n'.encode('latin-1'), 'UTF-8'), ('vocab.txt', '[PAD]\na\n'.encode('utf-16'), 'UTF-8'), ('vocab.txt', b'', 'not among its 0'), ('vocab.txt', b'\x1f\x8b\x08\x00broken', 'fetch it again'),
+    ('vocab.txt', gzip.compress(b'[PAD]\n' * 999)[:-12], 'fetch it again'), ('vocab.txt', '\n'.join(SPECIAL[1:]).encode(), r'\[PAD\] not among'), ('vocab.txt', ('a\n' + '\n'.join(SPECIAL)).encode(), r'\[PAD\] has id 1'),
+    ('tokenizer.json', b'{"model": {', 'whole JSON'), ('tokenizer.json', b'[]', 'expected a JSON object'), ('tokenizer.json', b'{"model": {"type": "Unigram", "vocab": []}}', 'Unigram'), ('merges.txt', b'#version: 0.2\na b c\n', 'expected two pieces'),
+    ('merges.txt', b'#version: 0.2\nab c\n', 'no earlier merge makes')])
+def test_files_that_are_no_vocabulary(file, raw, says, tmp_path):
+    (tmp_path / file).write_bytes(raw)
+    with pytest.raises(UserError, match=says) as e: load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+
+def test_harmless_changes_of_a_file_are_read(small, tmp_path):
+    for raw in ('\r\n'.join(small.pieces) + '\r\n', '\n'.join(small.pieces)):
+        (tmp_path / 'v.txt').write_bytes(raw.encode()); assert load_tokenizer(tmp_path / 'v.txt').pieces == small.pieces
+    (tmp_path / 'v.txt.gz').write_bytes(gzip.compress(('\n'.join(small.pieces) + '\n').encode())); assert load_tokenizer(tmp_path / 'v.txt.gz').pieces == small.pieces
+
+def test_published_vocabularies_are_recognised(bert, clip, tmp_path):
+    assert published(bert) == 'bert-base-uncased' and published(clip) == 'clip' and published(WordPiece([*bert.pieces, 'clipa'])) is None
+    assert hashlib.sha256(BERT.read_bytes()).hexdigest() == digest(bert) == '07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3'
+    for t in (bert, clip): assert load_tokenizer(t.save(tmp_path / type(t).__name__)).pieces == t.pieces
+    with pytest.raises(UserError, match='rows for 30000'): load_tokenizer(BERT, rows=30000)
+    assert load_tokenizer(BERT, rows=32000).vocab_size == 30522
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    "A Hub cache and a local directory of one's own, and no way out to the network."
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'hub')); monkeypatch.setenv('CLIPA_VOCABULARIES', str(tmp_path / 'shelf'))
+    def refuse(*a, **k): raise AssertionError('a connection was tried')
+    monkeypatch.setattr(socket.socket, 'connect', refuse); monkeypatch.setattr(socket, 'getaddrinfo', refuse); monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def test_the_order_of_the_places(small, places):
+    kinds = {n: train_wordpiece(['a b c'], 40, context_length=n) for n in (11, 12, 13)}
+    kinds[13].save(places / 'shelf' / 'me' / 'mine'); assert load_tokenizer('me/mine').context_length == 13
+    hub = places / 'hub' / 'models--me--mine'; kinds[12].save(hub / 'snapshots' / 'bbb'); assert load_tokenizer('me/mine').context_length == 12
+    small.save(hub / 'snapshots' / 'aaa'); (hub / 'refs').mkdir(); (hub / 'refs' / 'main').write_text('bbb'); assert load_tokenizer('me/mine').context_length == 12
+    kinds[11].save(places / 'me' / 'mine'); assert load_tokenizer('me/mine').context_length == 11
+    (places / 'shelf' / 'own.txt').write_text('\n'.join(small.pieces) + '\n'); assert load_tokenizer('own').pieces == small.pieces
+
+def test_a_name_must_be_the_published_vocabulary(small, bert, places):
+    shelf = small.save(places / 'shelf' / 'bert-base-uncased')
+    with pytest.raises(UserError, match='not the published vocabulary of bert-base-uncased'): load_tokenizer('bert-base-uncased')
+    for f in shelf.iterdir(): f.unlink()
+    (shelf / 'vocab.txt').write_bytes(BERT.read_bytes()); assert load_tokenizer('bert-base-uncased').vocab_size == 30522
+    (places / 'bert-base-uncased').mkdir(); assert load_tokenizer('bert-base-uncased').vocab_size == 30522 # an unrelated folder of that name is no vocabulary
+
+def test_a_package_that_carries_the_vocabulary_comes_last(clip, places):
+    assert load_tokenizer('clip').pieces == clip.pieces
+    (places / 'shelf').mkdir(); (places / 'shelf' / 'bpe_simple_vocab_16e6.txt.gz').write_bytes(gzip.compress(b'#version: 0.2\na b\n'))
+    with pytest.raises(UserError, match='shelf.*not the published vocabulary of clip'): load_tokenizer('clip')
+
+def test_what_is_nowhere_is_said_with_the_places(places):
+    for name, says in (('bert-base-uncased', ('hub', 'shelf', 'hf download google-bert/bert-base-uncased')), ('org/model', ('hub', 'shelf', 'hf download org/model')), ('no/such/vocab.txt', ('no such path',)), ('berd-base-uncased', ('did you mean bert-base-uncased',))):
+        with pytest.raises(UserError) as e: load_tokenizer(name)
+        assert all(s in str(e.value) for s in says) and '\n' not in str(e.value)
+
+# ---- of one's own
+
+def test_training_reads_any_caption_file(tmp_path):
+    texts = ['a red circle', 'two blue, "quoted" stars', 'naïve café'] * 5
+    (tmp_path / 'a.txt').write_text('\n'.join(texts) + '\n', 'utf-8'); (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(dict(caption=t, n=1)) + '\n' for t in texts), 'utf-8')
+    import csv
+    with open(tmp_path / 'a.csv', 'w', newline='', encoding='utf-8') as f: w = csv.writer(f); w.writerow(['file', 'caption']); w.writerows([[i, t] for i, t in enumerate(texts)])
+    (tmp_path / 'a.csv.gz').write_bytes(gzip.compress((tmp_path / 'a.csv').read_bytes()))
+    for f in ('a.txt', 'a.jsonl', 'a.csv', 'a.csv.gz'):
+        assert list(caption_file(tmp_path / f)) == texts
+        assert train_wordpiece(caption_file(tmp_path / f), 80).pieces == train_wordpiece(texts, 80).pieces
+    (tmp_path / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
+    for f, says in (('latin.txt', 'UTF-8'), ('none.txt', 'no such file'), ('a.parquet', 'expected a .txt')):
+        with pytest.raises(UserError, match=says): list(caption_file(tmp_path / f))
+    with pytest.raises(UserError, match="no 'text'"): list(caption_file(tmp_path / 'a.csv', 'text'))
+    with pytest.raises(UserError, match='too small'): train_wordpiece(texts, 10)
+
+@pytest.mark.parametrize('mode', MODES)
+def test_saved_beside_a_model_and_read_by_transformers(mode, small, tmp_path):
+    t = WordPiece(small.pieces, 13, mode=mode); back = load_tokenizer(t.save(tmp_path / 'model'))
+    assert (back.mode, back.context_length, back.pieces) == (mode, 13, t.pieces) and back(FIXTURE['strings']).equal(t(FIXTURE['strings']))
+    assert load_tokenizer(tmp_path / 'model', 5, mode='open_clip').mode == 'open_clip' and not list((tmp_path / 'model').glob('.*'))
+    read = pytest.importorskip('transformers').AutoTokenizer.from_pretrained(str(tmp_path / 'model'))
+    for s in ('a photo of the cat', 'Naïve café, striped!', 'привет'): assert read(s).input_ids[:-1 if mode == 'open_clip' else None] == [t.vocab['[CLS]'], *ids(t, s)]
+
+def in_worker(t): return t(['a photo of the cat', 'naïve 你好']).tolist()
+
+def test_no_threads_are_started_and_forks_agree(small, bpe):
+    if not hasattr(os, 'fork') or not Path('/proc/self/task').exists(): pytest.skip('this system has no fork, or does not show threads')
+    for t in (WordPiece(small.pieces), bpe):
+        before = len(os.listdir('/proc/self/task')); t(fuzzed(200, 9)); assert len(os.listdir('/proc/self/task')) == before
+        with multiprocessing.get_context('fork').Pool(2) as pool: assert pool.map(in_worker, [t] * 4) == [in_worker(t)] * 4
