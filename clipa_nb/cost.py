@@ -90,7 +90,7 @@ def train_flops(
     text_tokens: int,  # tokens of a caption
     image_size: int = 0, # pixels, where patches are dropped after embedding
     batch: int = 0,    # B, the global batch of the loss; 0 leaves the loss out
-    checkpointing: str = 'none', # 'none', or 'full': one more forward of the layers
+    checkpointing: str = 'none', # 'none', 'selective', or 'full': one more forward of the layers
 ) -> int: # FLOPs a sample
     "Cost of one training sample: forward, backward and its row of the similarity matrix."
     p = pair_flops(size, image_tokens, text_tokens, image_size)
@@ -110,10 +110,12 @@ def parameters(
     vocab: int = 32000, # rows of the word table
     context: int = 32,  # learned text positions
     positions: int = 0, # stored image positions (257 at 224/14); 0 for sin-cos, which needs none
+    cls: bool = True,   # a class token
+    pre_norm: bool = False, # a norm before the image layers
 ) -> dict: # 'image', 'text' and 'total' (with the temperature)
     "Parameters in closed form."
     d, t, e = size.image.width, size.text.width, size.embed_dim
-    image = tower_parameters(size.image) + 3 * size.patch ** 2 * d + (1 + positions) * d + 2 * d + d * e
+    image = tower_parameters(size.image) + 3 * size.patch ** 2 * d + (cls + positions) * d + 2 * d * (1 + pre_norm) + d * e
     text = tower_parameters(size.text) + (vocab + context) * t + 2 * t + t * e
     return dict(image=image, text=text, total=image + text + 1)
 
@@ -122,12 +124,13 @@ def activation_bytes(
     tower: Tower, # width, depth and MLP
     n: int,       # tokens its layers see
     precision: str = 'amp_bf16', # or 'fp32'
-    checkpointing: str = 'none', # 'full' keeps each layer's input, and one layer at a time in full
+    checkpointing: str = 'none', # what each layer keeps: 'full' its input, 'selective' also its large products; then one layer at a time in full
 ) -> int: # bytes a sample, with an attention that stores no N × N matrix
     "What one sample's forward pass keeps for backward."
     w = 2 if precision == 'amp_bf16' else 4
     layer = n * ((6 * w + 8) * tower.width + 2 * w * tower.mlp)
-    return 4 * n * tower.width * tower.depth + layer if checkpointing == 'full' else tower.depth * layer
+    kept = dict(none=0, full=4 * n * tower.width, selective=n * ((4 + 5 * w) * tower.width + w * tower.mlp))[checkpointing]
+    return tower.depth * kept + layer if kept else tower.depth * layer
 
 # %% ../nbs/03_cost.ipynb #c048
 def memory(
@@ -138,8 +141,8 @@ def memory(
     ranks: int = 1,    # devices that share the global batch
     tile: int = 0,     # side of the loss's tiles; 0: the plain loss
     precision: str = 'amp_bf16', # or 'fp32'
-    checkpointing: str = 'none', # or 'full'
-    **counts,          # vocab, context, positions: see `parameters`
+    checkpointing: str = 'none', # or 'full', 'selective'
+    **counts,          # vocab, context, positions, …: see `parameters`
 ) -> dict: # bytes on one device: 'weights', 'gradients', 'moments', 'activations', 'logits', 'total'
     "Memory of a training step on one device, weights replicated."
     n = parameters(size, **counts)['total']; seen = (precision, checkpointing)
