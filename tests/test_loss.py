@@ -1,0 +1,345 @@
+"Plain and streamed, on one process and on several, are one function; what is not a batch of pairs is refused on all ranks."
+import json, math, runpy, sys
+from pathlib import Path
+import pytest, torch
+import torch.nn.functional as F
+from clipa_nb import infonce
+from clipa_nb.core import LOCAL, UserError
+from clipa_nb.distributed_trainer import Ranks, spawn
+from clipa_nb.infonce import Contrastive, Sigmoid, auto_chunk, clamp_scale, contrastive, info_nce, sigmoid_loss, targets
+
+E = 5
+close = dict(rtol=1e-12, atol=1e-12)
+FORMS = { # a form, and what makes it: two losses, keys, smoothing, tiles that divide the batch, that do not, and that exceed it
+    'plain': dict(), 'streamed': dict(chunk=3), 'ragged': dict(chunk=5), 'one tile': dict(chunk=100), 'tiles of one': dict(chunk=1),
+    'key': dict(key=True), 'key, streamed': dict(key=True, chunk=5), 'smoothed': dict(label_smoothing=0.1), 'smoothed, streamed': dict(label_smoothing=0.1, chunk=5),
+    'key, smoothed': dict(key=True, label_smoothing=0.2), 'key, smoothed, streamed': dict(key=True, label_smoothing=0.2, chunk=2),
+    'sigmoid': dict(bias=-10.), 'sigmoid, streamed': dict(bias=-10., chunk=5), 'sigmoid, key': dict(bias=-2., key=True), 'sigmoid, key, streamed': dict(bias=-2., key=True, chunk=5),
+}
+
+def features(b, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(b, E, generator=g, dtype=torch.float64), dim=1).to(dtype) for _ in range(2)]
+
+def found(image, text, form, key=None, comm=LOCAL, scale=100.):
+    "All values of the loss and the gradients of images, texts, scale and, where there is one, bias."
+    form = dict(form); bias, keyed = form.pop('bias', None), form.pop('key', False)
+    x = [v.detach().clone().requires_grad_() for v in (image, text)]
+    numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (scale, bias) if v is not None]
+    out = (info_nce if bias is None else sigmoid_loss)(*x, *numbers, key=key if keyed else None, comm=comm, check=True, **form)
+    out['loss'].backward()
+    return torch.stack([v.detach() for v in out.values()]), [v.grad for v in x], [v.grad for v in numbers]
+
+def same(a, b):
+    for p, q in zip((a[0], *a[1], *a[2]), (b[0], *b[1], *b[2]), strict=True): torch.testing.assert_close(p, q, **close)
+
+# -- one process ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('b', [1, 2, 12, 33])
+@pytest.mark.parametrize('duplicates', [False, True])
+def test_streamed_is_plain(b, duplicates):
+    image, text = features(b)
+    if duplicates: image, text = (torch.cat([x[:(b + 1) // 2], x[:b // 2]]) for x in (image, text))
+    key = torch.arange(b) // 3
+    for name, form in FORMS.items():
+        if 'chunk' in form: same(found(image, text, form, key), found(image, text, {k: v for k, v in form.items() if k != 'chunk'}, key))
+
+@pytest.mark.parametrize('scale', [1e-3, 1., 100.])
+def test_plain_is_what_the_definition_says(scale):
+    image, text = (x.clone().requires_grad_() for x in features(7))
+    s, own = scale * image @ text.T, torch.arange(7)
+    want = (F.cross_entropy(s, own, label_smoothing=0.1) + F.cross_entropy(s.T, own, label_smoothing=0.1)) / 2
+    got, grads, _ = found(image, text, dict(label_smoothing=0.1), scale=scale)
+    torch.testing.assert_close(got[0], want.detach(), **close)
+    for p, q in zip(grads, torch.autograd.grad(want, (image, text))): torch.testing.assert_close(p, q, **close)
+    z = 2 * torch.eye(7) - 1
+    got = found(*features(7), dict(bias=-3.), scale=scale)[0]
+    torch.testing.assert_close(got[0], -F.logsigmoid(z * (s.detach() - 3)).sum() / 7, **close)
+    torch.testing.assert_close(got[0], got[1] + got[2], **close)
+
+@pytest.mark.parametrize('loss', ['info_nce', 'sigmoid'])
+def test_finite_differences(loss):
+    image, text = (x.requires_grad_() for x in features(5))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3., -1.))
+    key = torch.tensor([0, 1, 0, 2, 3])
+    if loss == 'info_nce': assert torch.autograd.gradcheck(lambda *x: tuple(info_nce(*x, key=key, chunk=2, label_smoothing=0.1).values()), (image, text, scale))
+    else: assert torch.autograd.gradcheck(lambda *x: tuple(sigmoid_loss(*x, key=key, chunk=2).values()), (image, text, scale, bias))
+
+@pytest.mark.parametrize('chunk', [None, 5])
+def test_distinct_keys_are_no_keys_to_the_last_digit(chunk):
+    x = [v.float() for v in features(33)]
+    for form in (dict(chunk=chunk), dict(chunk=chunk, label_smoothing=0.1)):
+        with_keys, without = found(*x, dict(form, key=True), torch.randperm(33)), found(*x, form)
+        for p, q in zip((with_keys[0], *with_keys[1], *with_keys[2]), (without[0], *without[1], *without[2])): assert torch.equal(p, q)
+
+def test_small_losses_survive_scale_100_in_fp32():
+    "Sure rows have losses far below the rounding of a log-sum-exp near 100."
+    image = F.normalize(torch.eye(8, dtype=torch.float64) + 0.8, dim=1)
+    exact = found(image, image, dict())[0]
+    assert 1e-7 < exact[0] < 1e-3
+    for chunk in (None, 3): torch.testing.assert_close(found(image.float(), image.float(), dict(chunk=chunk))[0].double(), exact, rtol=2e-2, atol=0)
+
+@pytest.mark.parametrize('chunk', [None, 3])
+def test_the_two_directions_can_be_weighted(chunk):
+    "The gradient of one direction alone, as a caller who uses only `loss_image` sees it."
+    image, text = (x.requires_grad_() for x in features(7))
+    own = torch.arange(7)
+    for k, want in (('loss_image', F.cross_entropy(9 * image @ text.T, own)), ('loss_text', F.cross_entropy(9 * text @ image.T, own))):
+        for p, q in zip(torch.autograd.grad(info_nce(image, text, 9., chunk=chunk)[k], (image, text)), torch.autograd.grad(want, (image, text))): torch.testing.assert_close(p, q, **close)
+
+@pytest.mark.parametrize('chunk', [None, 3, 'auto'])
+def test_low_precision_features_give_fp32_losses(chunk):
+    image, text = features(9, dtype=torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        for out, want in ((info_nce(image, text, 100., chunk=chunk), info_nce(image.double(), text.double(), 100.)), (sigmoid_loss(image, text, 100., -10., chunk=chunk), sigmoid_loss(image.double(), text.double(), 100., -10.))):
+            assert all(v.dtype == torch.float32 for v in out.values())
+            torch.testing.assert_close(out['loss'].double(), want['loss'], rtol=1e-5, atol=1e-6)
+    x = [v.requires_grad_() for v in (image, text)]
+    info_nce(*x, torch.tensor(100.), chunk=chunk)['loss'].backward()
+    assert all(v.grad.dtype == torch.bfloat16 and v.grad.isfinite().all() for v in x)
+
+def test_the_wide_product_is_used_where_it_is(monkeypatch):
+    "A device with a bf16 product into fp32, played by the CPU: features stay bf16, results and gradients are those of fp32 up to bf16's rounding of the slopes."
+    image, text = features(33, dtype=torch.bfloat16)
+    want = {name: found(image.float(), text.float(), form, torch.arange(33) // 3, scale=10.) for name, form in FORMS.items()}
+    mm, wide = torch.mm, []
+    def played(a, b, out_dtype=None):
+        if out_dtype is None: return mm(a, b)
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        wide.append(a.shape)
+        return mm(a.float(), b.float())
+    monkeypatch.setattr(infonce, 'widens', lambda kind: True); monkeypatch.setattr(torch, 'mm', played)
+    for name, form in FORMS.items():
+        wide.clear(); got = found(image, text, form, torch.arange(33) // 3, scale=10.)
+        assert wide, name
+        torch.testing.assert_close(got[0].float(), want[name][0].float(), rtol=1e-5, atol=1e-5)
+        for p, q in zip(got[1] + got[2], want[name][1] + want[name][2]): torch.testing.assert_close(p.float(), q.float(), rtol=2e-2, atol=2e-3 * q.abs().max().item())
+
+def test_memory_is_of_a_tile():
+    "The largest tensor that the streamed loss makes is a tile or a matrix of features, never b × b."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    class Largest(TorchDispatchMode):
+        most = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            self.most = max([self.most, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+    b, image, text = 80, *(x.requires_grad_() for x in features(80))
+    for loss in (lambda **k: info_nce(image, text, 10., label_smoothing=0.1, **k), lambda **k: info_nce(image, text, 10., key=torch.arange(b) // 2, **k), lambda **k: sigmoid_loss(image, text, 10., -1., **k)):
+        with Largest() as streamed: loss(chunk=16)['loss'].backward()
+        with Largest() as plain: loss()['loss'].backward()
+        assert streamed.most == b * E and plain.most == b * b
+
+def test_auto():
+    assert [auto_chunk(1024, 1024), auto_chunk(1024, 1025), auto_chunk(8192, 8192, 'cuda'), auto_chunk(8192, 65536, 'cuda')] == [None, 512, None, 4096]
+    image, text = (F.normalize(torch.randn(1030, 4), dim=1) for _ in range(2))
+    torch.testing.assert_close(info_nce(image, text, 20., chunk='auto')['loss'], info_nce(image, text, 20.)['loss'], rtol=1e-5, atol=1e-5)
+
+# -- the general form -------------------------------------------------------------------------------------------------------
+
+def test_general_form():
+    g = torch.Generator().manual_seed(0)
+    a, b, own = torch.randn(4, 7, generator=g).double(), torch.randn(4, 5, generator=g).double(), torch.arange(4)
+    soft_a, soft_b = torch.randn(4, 7, generator=g).double().softmax(1), torch.randn(4, 5, generator=g).double().softmax(1)
+    for goal_a, goal_b in ((own, own), (soft_a, own), (own, soft_b), (soft_a, soft_b)):
+        for smoothing in (0., 0.3):
+            out = contrastive(a, b, goal_a, goal_b, smoothing, check=True)
+            torch.testing.assert_close(out['loss_image'], F.cross_entropy(a, goal_a, label_smoothing=smoothing), **close)
+            torch.testing.assert_close(out['loss_text'], F.cross_entropy(b, goal_b, label_smoothing=smoothing), **close)
+            torch.testing.assert_close(out['loss'], (out['loss_image'] + out['loss_text']) / 2, **close)
+    assert contrastive(a.bfloat16(), b.bfloat16(), own, own)['loss'].dtype == torch.float32
+
+def test_columns_that_are_not_there_can_be_minus_infinity():
+    s = torch.randn(3, 3, dtype=torch.float64); wide = torch.cat([s, torch.full((3, 1), -torch.inf, dtype=torch.float64)], 1).requires_grad_()
+    soft = torch.cat([torch.eye(3), torch.zeros(3, 1)], 1).double()
+    for goal in (torch.arange(3), soft):
+        out = contrastive(wide, wide, goal, goal)['loss']
+        torch.testing.assert_close(out, F.cross_entropy(s, torch.arange(3)), **close)
+        assert torch.autograd.grad(out, wide)[0].isfinite().all()
+
+def test_targets_from_keys():
+    key = torch.tensor([3, 5, 3, 3])
+    assert torch.equal(targets(key)[0], torch.tensor([1., 0, 1, 1]) / 3) and torch.equal(targets(key)[1], torch.tensor([0., 1, 0, 0]))
+    assert torch.equal(targets(key[2:], key, torch.float64), targets(key, dtype=torch.float64)[2:])
+    assert torch.equal(targets(torch.tensor([-4, 9])), torch.eye(2))
+
+def test_identical_texts_with_one_key_are_infonce():
+    "Where the texts of a key are the same vector, the keyed loss and its gradient of the towers equal InfoNCE's (UniCL changes nothing there)."
+    image, kinds = features(6); kinds = kinds[:3]; key = torch.arange(6) % 3
+    grads = []
+    for form in (dict(), dict(key=key)):
+        rows = kinds.clone().requires_grad_(); out = info_nce(image, rows[key], 4., **form)
+        grads.append((out['loss_image'].item(), torch.autograd.grad(out['loss_image'], rows)[0]))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-12)
+    torch.testing.assert_close(grads[0][1], grads[1][1], **close)
+
+# -- across ranks -----------------------------------------------------------------------------------------------------------
+
+def share(x, comm): return x.chunk(comm.size)[comm.rank]
+
+def on_ranks(comm):
+    image, text = features(12); key = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 4, 5, 6, 0])
+    return {name: found(share(image, comm), share(text, comm), form, share(key, comm), comm) for name, form in FORMS.items()}
+
+@pytest.mark.parametrize('ranks', [1, 2, 3, 4])
+def test_ranks_give_the_loss_and_gradients_of_one_process(ranks):
+    alone, together = on_ranks(LOCAL), spawn(on_ranks, ranks)
+    for name in FORMS:
+        parts = [r[name] for r in together]
+        joined = torch.stack([p[0] for p in parts]).mean(0), [torch.cat(x) / ranks for x in zip(*(p[1] for p in parts))], [torch.stack(x).mean(0) for x in zip(*(p[2] for p in parts))]
+        same(joined, alone[name])
+
+class Deaf(Ranks):
+    "A gather without gradient, as torch's own."
+    def gather(self, x_b): return super().gather(x_b).detach()
+
+def test_a_gather_without_gradient_has_the_loss_and_not_the_gradient():
+    def image_gradient(comm):
+        image, text = features(12); x = [share(v, comm).clone().requires_grad_() for v in (image, text)]
+        out = info_nce(*x, 5., comm=Deaf(comm.rank, comm.size))['loss']; out.backward()
+        return comm.all_sum(out.detach()) / comm.size, comm.gather(x[0].grad) / comm.size
+    loss, grad = spawn(image_gradient, 2)[0]
+    want = found(*features(12), dict(), scale=5.)
+    torch.testing.assert_close(loss, want[0][0], **close)
+    with pytest.raises(AssertionError): torch.testing.assert_close(grad, want[1][0], rtol=1e-2, atol=1e-3)
+
+def refused(comm):
+    "What every rank says, case by case; all of them would hang or abort if one rank went on alone."
+    x = F.normalize(torch.randn(6, E), dim=1); b = x[:3 + comm.rank]
+    one = comm.rank == 1
+    cases = dict(
+        rows=lambda: info_nce(b, b, 1., comm=comm), rows_streamed=lambda: sigmoid_loss(b, b, 1., 0., comm=comm, chunk=2),
+        width=lambda: info_nce(x[:, :3 + comm.rank], x[:, :3 + comm.rank], 1., comm=comm),
+        sides=lambda: info_nce(x, x[:5] if one else x, 1., comm=comm), kind=lambda: info_nce(x.long() if one else x, x, 1., comm=comm),
+        double=lambda: info_nce(x.double() if one else x, x, 1., comm=comm), key=lambda: info_nce(x, x, 1., comm=comm, key=torch.arange(6) if one else None),
+        form=lambda: info_nce(x, x, 1., comm=comm, chunk=2 if one else None), smoothing=lambda: info_nce(x, x, 1., comm=comm, label_smoothing=0.1 * one),
+        chunk=lambda: info_nce(x, x, 1., comm=comm, chunk=-1 if one else 3), value=lambda: info_nce(torch.full_like(x, torch.nan) if one else x, x, 1., comm=comm, check=True),
+        empty=lambda: info_nce(x[:0] if one else x, x[:0] if one else x, 1., comm=comm), flat=lambda: info_nce(x[0] if one else x, x[0] if one else x, 1., comm=comm),
+    )
+    said = {}
+    for name, call in cases.items():
+        try: call(); said[name] = ''
+        except UserError as e: said[name] = str(e)
+    return said, info_nce(x, x, 1., comm=comm)['loss'].item()
+
+def test_ranks_that_differ_are_refused_together_and_named():
+    (first, loss), (second, _) = spawn(refused, 2, timeout=60)
+    expected = dict(rows='b (rows): 3 on rank 0, 4 on rank 1', rows_streamed='b (rows): 3 on rank 0, 4 on rank 1', width='E (width): 3 on rank 0, 4 on rank 1', double='bits of a feature: 32 on rank 0, 64 on rank 1',
+                    key='having a key: 0 on rank 0, 1 on rank 1', form='streaming: 0 on rank 0, 1 on rank 1', smoothing='millionths of label smoothing: 0 on rank 0, 100000 on rank 1')
+    for name, words in expected.items(): assert words in first[name] and first[name] == second[name]
+    for name, words in dict(sides='(6, 5) and text features (5, 5)', kind='expected floating point', chunk='chunk -1', value='6 of 6 image features are not finite, first row 0', empty='(0, 5)', flat='(5,)').items():
+        assert 'rank 1 refused its input' in first[name] and words in second[name]
+    assert math.isfinite(loss) # and the ranks are still in step
+
+# -- bad input --------------------------------------------------------------------------------------------------------------
+
+x = F.normalize(torch.randn(4, E), dim=1)
+BAD = {
+    'rows': (dict(text=x[:3]), r'image features \(4, 5\) and text features \(3, 5\)'), 'widths': (dict(text=x[:, :4]), r'text features \(4, 4\)'), 'no pairs': (dict(image=x[:0], text=x[:0]), r'\(0, 5\)'),
+    'one axis': (dict(image=x[0], text=x[0]), r'\(5,\)'), 'integers': (dict(image=x.long()), 'type torch.int64'), 'chunk 0': (dict(chunk=0), 'chunk 0'), 'negative chunk': (dict(chunk=-2), 'chunk -2'),
+    'a word': (dict(chunk='big'), "chunk 'big'"), 'a fraction': (dict(chunk=2.5), 'chunk 2.5'), 'short key': (dict(key=torch.arange(3)), r'key of shape \(3,\)'), 'float key': (dict(key=torch.ones(4)), 'float32: expected 4 integers'),
+    'key by text': (dict(key=torch.zeros(4, 4, dtype=torch.int64)), r'key of shape \(4, 4\)'),
+}
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_always_refused(case):
+    change, words = BAD[case]
+    image, text, form = change.get('image', x), change.get('text', x), {k: v for k, v in change.items() if k in ('chunk', 'key')}
+    for call in (lambda: info_nce(image, text, 1., **form), lambda: sigmoid_loss(image, text, 1., 0., **form)):
+        with pytest.raises(UserError, match=words): call()
+
+def test_values_are_looked_at_on_request():
+    nan, inf, long = x.clone(), x.clone(), x.clone(); nan[2, 1] = torch.nan; inf[1:3, 0] = torch.inf; long[3] *= 2
+    for image, text, words in ((nan, x, '1 of 4 image features are not finite, first row 2'), (x, inf, '2 of 4 text features are not finite, first row 1'), (x, long, '1 of 4 text features have norms from 2 to 2, first row 3')):
+        for call in (lambda **k: info_nce(image, text, 1., **k), lambda **k: sigmoid_loss(image, text, 1., 0., **k)):
+            with pytest.raises(UserError, match=words): call(check=True)
+            call() # and no look without it
+    info_nce(x.bfloat16(), x.bfloat16(), 1., check=True)
+    assert info_nce(nan, x, 1., chunk=2)['loss'].isnan() and info_nce(nan, x, 1.)['loss'].isnan()
+
+def test_label_smoothing_and_general_form_refuse():
+    for call in (lambda v: info_nce(x, x, 1., label_smoothing=v), lambda v: contrastive(x, x, torch.arange(4), torch.arange(4), v)):
+        for v in (-0.1, 1.):
+            with pytest.raises(UserError, match='label smoothing'): call(v)
+    own = torch.arange(4)
+    for bad, words in (((x, x[:3], own, own[:3]), '4 images and 3 texts'), ((x, x, own[:3], own), 'targets of the images'), ((x, x, own, x[:, :4]), 'targets of the texts'), ((x.long(), x, own, own), 'similarities of the images')):
+        with pytest.raises(UserError, match=words): contrastive(*bad)
+    for goal, row in ((torch.tensor([0, 1, 5, 2]), 2), (torch.full((4, E), 0.25), 0)):
+        with pytest.raises(UserError, match=f'row {row} is neither'): contrastive(x, x, goal, own, check=True)
+
+# -- the objectives and the scale -------------------------------------------------------------------------------------------
+
+class Pair(torch.nn.Module):
+    def __init__(self, bias=None):
+        super().__init__()
+        self.image, self.logit_scale = torch.nn.Linear(4, E), torch.nn.Parameter(torch.tensor(2.))
+        self.logit_bias = None if bias is None else torch.nn.Parameter(torch.tensor(bias))
+    def encode_image(self, v): return self.image(v)
+    def encode_text(self, v): return 3 * v
+
+def test_objectives():
+    batch = dict(image=torch.randn(6, 4), text=torch.randn(6, E), key=torch.arange(6) // 2)
+    model = Pair(-10.)
+    z = Contrastive().features(model, batch)
+    torch.testing.assert_close(torch.stack([v.norm(dim=1) for v in z.values()]), torch.ones(2, 6))
+    out = Contrastive(use_key=True, label_smoothing=0.1).loss(z, model, batch)
+    torch.testing.assert_close(out['loss'], info_nce(z['image'], z['text'], model.logit_scale.exp(), key=batch['key'], label_smoothing=0.1)['loss'])
+    out = Sigmoid(use_key=True).loss(z, model, batch)
+    assert set(out) == {'loss', 'loss_positive', 'loss_negative', 'logit_scale', 'logit_bias'} and not out['logit_bias'].requires_grad
+    out['loss'].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for objective, m, data, words in ((Contrastive(use_key=True), model, {'image': 0}, "needs batches with a 'key'"), (Sigmoid(), Pair(), batch, 'needs a model with a logit_bias')):
+        with pytest.raises(UserError, match=words): objective.loss(z, m, data)
+
+def test_clamp_is_the_callers_choice():
+    for most, want in ((100., math.log(100)), (50, math.log(50)), (0, 9.), (None, 9.)):
+        p = torch.nn.Parameter(torch.tensor(9.)); clamp_scale(p, most)
+        assert p.item() == pytest.approx(want, abs=1e-6) and p.grad is None and p.requires_grad
+    p = torch.nn.Parameter(torch.tensor(-1.)); clamp_scale(p); assert p.item() == 0
+
+# -- other people's, and the bench ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('loss', ['info_nce', 'sigmoid'])
+def test_equals_open_clip(loss):
+    theirs = pytest.importorskip('open_clip.loss', reason='open_clip is not installed')
+    image, text = features(12)
+    got = found(image, text, dict(chunk=5, **({} if loss == 'info_nce' else dict(bias=-10.))), scale=30.)
+    scale, bias = torch.tensor(30., dtype=torch.float64), torch.tensor(-10., dtype=torch.float64)
+    i, t = image.clone().requires_grad_(), text.clone().requires_grad_()
+    want = theirs.ClipLoss()(i, t, scale) if loss == 'info_nce' else theirs.SigLipLoss()(i, t, scale, bias)
+    torch.testing.assert_close(got[0][0], want.detach(), **close)
+    for p, q in zip(got[1], torch.autograd.grad(want, (i, t))): torch.testing.assert_close(p, q, **close)
+
+def test_bench_writes_rows(tmp_path, monkeypatch):
+    bench = str(Path(__file__).parent / 'bench' / 'loss.py')
+    monkeypatch.setattr(sys, 'argv', [bench, *'--batches 600 --forms plain auto --rounds 1 --width 16 --out'.split(), str(tmp_path / 'rows.jsonl')])
+    runpy.run_path(bench, run_name='__main__')
+    rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
+    assert [r['form'] for r in rows] == ['plain', 'auto'] and all(r['fits'] and r['b'] == 600 and r['seconds'] > 0 for r in rows)
+    assert rows[0]['loss_value'] == pytest.approx(rows[1]['loss_value'], rel=1e-5) and rows[0]['d_scale'] == pytest.approx(rows[1]['d_scale'], rel=1e-3)
+    assert {'git_sha', 'hardware', 'torch', 'threads', 'extra_mb'} <= set(rows[0])
+
+# -- a GPU --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_cuda_equals_cpu():
+    image, text = features(33); key = torch.arange(33) // 3
+    for form in FORMS.values():
+        def moved(dtype): return found(image.to('cuda', dtype), text.to('cuda', dtype), form, key.cuda(), scale=10.)
+        got, want = moved(torch.float64), found(image, text, form, key, scale=10.)
+        for p, q in zip((got[0], *got[1], *got[2]), (want[0], *want[1], *want[2])): torch.testing.assert_close(p.cpu(), q, rtol=1e-10, atol=1e-10)
+        low, exact = moved(torch.bfloat16), found(image.bfloat16().double(), text.bfloat16().double(), form, key, scale=10.)
+        torch.testing.assert_close(low[0].cpu().double(), exact[0], rtol=1e-4, atol=1e-4)
+        for p, q in zip(low[1] + low[2], exact[1] + exact[2]): torch.testing.assert_close(p.cpu().double(), q, rtol=3e-2, atol=4e-3 * q.abs().max().item())
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_cuda_is_never_waited_for():
+    image, text = (v.to('cuda', torch.bfloat16).requires_grad_() for v in features(33)); scale, bias, key = torch.tensor(9., device='cuda'), torch.tensor(-1., device='cuda'), torch.arange(33, device='cuda') // 3
+    def all_forms():
+        for chunk in (None, 8, 'auto'):
+            info_nce(image, text, scale, key=key, chunk=chunk, label_smoothing=0.1)['loss'].backward(); sigmoid_loss(image, text, scale, bias, chunk=chunk)['loss'].backward()
+    all_forms()
+    torch.cuda.set_sync_debug_mode('error')
+    try: all_forms()
+    finally: torch.cuda.set_sync_debug_mode('default')
