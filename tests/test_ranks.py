@@ -1,22 +1,15 @@
-"One, two and three processes give the loss and the gradients of one, and a step that goes round the wrapper is noticed."
-import contextlib, os, subprocess, sys, textwrap
+"One to four processes give the loss and the gradients of one; a step that goes round the wrapper is noticed; a rank that fails is named."
+import contextlib, multiprocessing, os, signal, socket, subprocess, sys, textwrap, threading, time, warnings
 import pytest, torch
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
-import torch.nn.functional as F
 from torch import nn
-from clipa_nb.core import UserError
-from clipa_nb.distributed_trainer import RankError, same_gradients, spawn
-from clipa_nb.infonce import Contrastive, info_nce
+from clipa_nb.core import LOCAL, UserError
+from clipa_nb.distributed_trainer import LAUNCH, RankError, connect, disconnect, fork_works, same_gradients, spawn, watch, whereabouts
+from clipa_nb.infonce import Contrastive
 from clipa_nb.trainer import Task, forward_backward
 
 N, E = 12, 5
-FORMS = {
-    'plain': dict(), 'plain, key': dict(key=True), 'plain, smoothed': dict(label_smoothing=0.1),
-    'plain, key, smoothed': dict(label_smoothing=0.2, key=True),
-    'streamed': dict(chunk=3), 'one tile': dict(chunk=100), 'tiles of one': dict(chunk=1),
-    'streamed, key': dict(chunk=5, key=True), 'streamed, smoothed': dict(chunk=5, label_smoothing=0.1),
-    'streamed, key, smoothed': dict(chunk=2, label_smoothing=0.2, key=True),
-}
+FORMS = dict(plain=dict(), streamed=dict(chunk=5), keyed=dict(chunk=5, use_key=True))
 
 class Pair(nn.Module):
     "Two linear towers and a temperature: the smallest model with the seams of a CLIP."
@@ -34,73 +27,244 @@ def batch_of(rank, size, n=N):
     batch = dict(image=torch.randn(n, 4, generator=g).double(), text=torch.randn(n, 3, generator=g).double(), key=torch.randint(0, 4, (n,), generator=g))
     return {k: v.chunk(size)[rank] for k, v in batch.items()}
 
-def raw(comm, form):
-    "The loss of this rank and the gradients of its features and of the scale, before anything is averaged."
-    batch, form = batch_of(comm.rank, comm.size), dict(form)
-    pad = torch.ones(len(batch['key']), 1).double()
-    image, text = (F.normalize(x, dim=1).requires_grad_() for x in (torch.cat([batch['image'], pad], 1), torch.cat([batch['text'], pad, -pad], 1)))
-    scale = torch.tensor(100., dtype=torch.float64, requires_grad=True)
-    if form.pop('key', False): form['key'] = batch['key']
-    out = info_nce(image, text, scale, comm=comm, check=True, **form)
-    out['loss'].backward()
-    return [torch.stack([out[k].detach() for k in ('loss', 'loss_image', 'loss_text')]), image.grad, text.grad, scale.grad]
-
-def step(comm, form=(), chunks=1, bypass=False, sync=True):
+def step(comm, form='plain', chunks=1, bypass=False, sync=True):
     "Gradients of every parameter after one backward pass of the objective, as the trainer runs it."
-    form = dict(form)
-    task = Task(Pair(), Contrastive(chunk=form.get('chunk'), use_key=form.get('key', False), label_smoothing=form.get('label_smoothing', 0.)))
-    wrapped = comm.wrap(task)
+    task = Task(Pair(), Contrastive(**FORMS[form])); wrapped = comm.wrap(task)
     with contextlib.nullcontext() if sync else comm.no_sync(wrapped):
         forward_backward(task if bypass else wrapped, task, batch_of(comm.rank, comm.size), comm, chunks)
     same_gradients(task, comm)
     return {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
 
-@pytest.mark.parametrize('ranks', [1, 2, 3])
-def test_loss_and_gradients_are_those_of_one_process(ranks):
-    def both(comm): return {name: raw(comm, form) for name, form in FORMS.items()}
-    alone, together = spawn(both, 1)[0], spawn(both, ranks)
-    for name in FORMS:
-        loss, image, text, scale = alone[name]
-        parts = [r[name] for r in together]
-        torch.testing.assert_close(torch.stack([p[0] for p in parts]).mean(0), loss, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat([p[1] for p in parts]) / ranks, image, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat([p[2] for p in parts]) / ranks, text, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.stack([p[3] for p in parts]).mean(), scale, rtol=1e-12, atol=1e-12)
-        plain = next(k for k in FORMS if {**FORMS[name], 'chunk': None} == {'chunk': None, **FORMS[k]})
-        for a, b in zip(alone[name], alone[plain]): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+def all_steps(comm): return {(form, k): step(comm, form, k) for form in FORMS for k in (1, 3)}
 
-@pytest.mark.parametrize('ranks', [2, 3])
-@pytest.mark.parametrize('chunks', [1, 3])
-def test_wrapped_step_gives_single_process_gradients(ranks, chunks):
-    for form in (dict(), dict(chunk=5), dict(chunk=5, key=True)):
-        alone = spawn(step, 1, form)[0]
-        assert set(alone) == {'image.weight', 'image.bias', 'text.weight', 'text.bias', 'logit_scale'}
-        for grads in spawn(step, ranks, form, chunks):
-            assert set(grads) == set(alone)
-            for n in alone: torch.testing.assert_close(grads[n], alone[n], rtol=1e-10, atol=1e-13)
+@pytest.mark.parametrize('ranks', [2, 3, 4])
+def test_wrapped_step_gives_single_process_gradients(ranks):
+    alone, together = spawn(all_steps, 1)[0], spawn(all_steps, ranks)
+    for case, want in alone.items():
+        assert set(want) == {'image.weight', 'image.bias', 'text.weight', 'text.bias', 'logit_scale'}
+        for got in (r[case] for r in together):
+            assert set(got) == set(want)
+            for n in want: torch.testing.assert_close(got[n], want[n], rtol=1e-10, atol=1e-13, msg=lambda m: f'{case}, {n}: {m}')
 
 def test_bypassed_wrapper_is_noticed():
-    with pytest.raises(UserError, match='gradients differ between ranks in 5 of 5 parameters'): spawn(step, 2, {}, 1, True)
+    with pytest.raises(UserError, match='gradients differ between ranks in 5 of 5 parameters'): spawn(step, 2, 'plain', 1, True)
 
 def test_no_sync_leaves_gradients_apart():
-    with pytest.raises(UserError, match='gradients differ between ranks'): spawn(step, 2, {}, 1, False, False)
+    with pytest.raises(UserError, match='gradients differ between ranks'): spawn(step, 2, 'plain', 1, False, False)
 
-def test_uneven_rows_are_refused_on_every_rank():
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_uneven_batches_are_refused_on_every_rank(chunks):
+    "An uneven last batch, as the training step meets it; chapter 10's tests have the other ways to disagree."
     def uneven(comm):
-        x = F.normalize(torch.randn(3 + comm.rank, E), dim=1)
-        try: info_nce(x, x, 1., comm=comm)
+        task = Task(Pair(), Contrastive()); wrapped = comm.wrap(task)
+        try: forward_backward(wrapped, task, {k: v[:3 + comm.rank] for k, v in batch_of(0, 1).items()}, comm, chunks)
         except UserError as e: return str(e)
-    first, second = spawn(uneven, 2, timeout=30)
-    assert first == second and 'rank 0 3×5, rank 1 4×5' in first
+    first, second = spawn(uneven, 2, timeout=100)
+    assert first == second and '3 on rank 0' in first and '4 on rank 1' in first
+
+# --- the comm object itself
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+def collectives(comm):
+    out = {}
+    for kind in DTYPES:
+        x = (torch.arange(6).reshape(3, 2) % 2 == comm.rank % 2).to(kind).T # not contiguous
+        kept = x.clone()
+        out[kind] = comm.gather(x), comm.all_max(x), comm.all_sum(x), comm.reduce_scatter(torch.ones(4, 2).to(kind))
+        assert torch.equal(x, kept), 'a collective changed its input'
+    scalar = comm.all_sum(torch.tensor(comm.rank + 1.)), comm.all_max(torch.tensor(comm.rank))
+    return out, scalar
+
+def test_collectives_take_every_type():
+    (a, (total, most)), (b, _) = spawn(collectives, 2)
+    assert (total, most) == (3., 1) and total.shape == ()
+    for kind in DTYPES:
+        x, y = ((torch.arange(6).reshape(3, 2) % 2 == r).to(kind).T for r in (0, 1))
+        want = torch.cat([x, y]), torch.maximum(x, y), x + y, (torch.full((2, 2), 2).to(kind) if kind != torch.bool else torch.ones(2, 2, dtype=kind))
+        for got, other, right in zip(a[kind], b[kind], want):
+            assert got.dtype == kind and torch.equal(got, right) and torch.equal(other, right), kind
+
+def gathered(comm, kind):
+    "Loss and gradient of a function of all rows and of one's own."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, generator=g).to(kind).chunk(comm.size)[comm.rank].clone().requires_grad_()
+    x_B = comm.gather(x)
+    loss = (x.float() @ x_B.float().T).exp().mean(); loss.backward()
+    return loss.detach(), x.grad, x_B.requires_grad
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_gather_is_differentiable(ranks):
+    for kind, tol in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        loss, grad, _ = spawn(gathered, 1, kind)[0]
+        parts = spawn(gathered, ranks, kind)
+        assert all(p[2] for p in parts)
+        torch.testing.assert_close(torch.stack([p[0] for p in parts]).mean(), loss, rtol=tol, atol=tol)
+        torch.testing.assert_close(torch.cat([p[1] for p in parts]) / ranks, grad, rtol=tol, atol=tol)
+
+def test_reduce_scatter_refuses_rows_that_do_not_divide():
+    with pytest.raises(UserError, match='3 rows cannot be shared by 2 ranks: use a multiple of 2'): spawn(lambda comm: comm.reduce_scatter(torch.ones(3)), 2)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device: the collectives over NCCL')
+def test_nccl(tmp_path):
+    (tmp_path / 'job.py').write_text(textwrap.dedent("""
+        import os, torch
+        from clipa_nb.distributed_trainer import _join, disconnect, rank_device
+        rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        comm, device = _join(rank, size, rank_device('cuda'), 60), rank_device('cuda')
+        for where in (device, torch.device('cpu')): # NCCL, and gloo beside it
+            for kind in (torch.float32, torch.bfloat16):
+                x = torch.full((2, 3), rank + 1., device=where, dtype=kind, requires_grad=True)
+                x_B = comm.gather(x); (x_B * (rank + 1)).sum().backward()
+                total = size * (size + 1) / 2
+                assert [float(v) for v in x_B[::2, 0]] == [r + 1. for r in range(size)] and float(x.grad[0, 0]) == total
+                assert float(comm.all_sum(x).max()) == total and float(comm.all_max(x).min()) == size
+        disconnect(); print('fine')
+    """))
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCH}
+    env['PYTHONPATH'] = os.pathsep.join([os.getcwd(), env.get('PYTHONPATH', '')])
+    n = min(2, torch.cuda.device_count())
+    job = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), str(tmp_path / 'job.py')], capture_output=True, text=True, env=env, timeout=200)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count('fine') == n
+
+# --- starting ranks
+
+def learn(comm):
+    "Something of everything: printing, a collective, a wrapped module, a result that refers to the function's surroundings."
+    torch.manual_seed(0); line = comm.wrap(nn.Linear(3, 1).double())
+    line(torch.full((2, 3), comm.rank + 1.).double()).sum().backward()
+    print('learnt on', comm.rank)
+    return comm.rank, float(comm.all_sum(torch.ones(()))), [p.grad for p in line.parameters()], N
+
+def test_every_way_to_start_ranks_gives_the_same(capsys):
+    pytest.importorskip('cloudpickle', reason='functions travel to fresh processes by value: extra [dev]')
+    answers = {}
+    for method in ('fork', 'spawn'):
+        answers[method] = spawn(learn, 2, method=method)
+        assert capsys.readouterr().out == '[rank 0] learnt on 0\n[rank 1] learnt on 1\n'
+    for a, b in zip(*answers.values()):
+        assert a[:2] == b[:2] and a[3] == b[3] == N
+        for p, q in zip(a[2], b[2]): assert torch.equal(p, q)
+    assert answers['fork'][0][2][0].tolist() == [[3.] * 3] # the mean of 2 · 1 and 2 · 2
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != 'linux', reason='forking is refused there without being tried')
+def test_fork_is_tried_before_it_is_used():
+    assert fork_works() is True
+    assert fork_works(lambda: os._exit(1)) is False # the probe cannot learn
+    assert fork_works(lambda: os.kill(os.getpid(), signal.SIGKILL)) is False # or dies
+    lock, taken, over = threading.Lock(), threading.Event(), threading.Event()
+    def keep():
+        with lock: taken.set(); over.wait()
+    thread = threading.Thread(target=keep); thread.start(); taken.wait()
+    try: assert fork_works(lock.acquire, patience=0.5) is False # the child has the lock, and not the thread that would open it
+    finally: over.set(); thread.join()
+    assert fork_works(lock.acquire) is True
+
+def test_fork_is_refused_beside_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert fork_works() is False
+
+def test_bad_input_to_spawn():
+    with pytest.raises(UserError, match='0 ranks: expected at least 1'): spawn(learn, 0)
+    with pytest.raises(UserError, match="unknown way to start ranks 'thread'"): spawn(learn, 2, method='thread')
+
+# --- ranks that fail: nobody waits for ever, and the error names them
 
 def test_failures_reach_the_parent():
     def broken(comm): return 1 / comm.rank
     with pytest.raises(RankError, match='(?s)rank 0 failed.*ZeroDivisionError'): spawn(broken, 2)
-    with pytest.raises(RankError, match='did not finish within 1 s'): spawn(lambda comm: comm.all_sum(torch.ones(1)) if comm.rank else __import__('time').sleep(9), 2, timeout=1)
+    def bad_input(comm):
+        if comm.rank == 1: raise UserError('no captions')
+        comm.all_sum(torch.ones(1))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match='^rank 1: no captions$'): spawn(bad_input, 3, timeout=100)
+    def killed(comm):
+        if comm.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+        comm.all_sum(torch.ones(1))
+    with pytest.raises(RankError, match='(?s)rank 1 died without a word|rank 0 failed.*rank 1 left no word'): spawn(killed, 2, timeout=100)
+    assert time.monotonic() - begun < 60, 'somebody waited for the timeout'
+    with pytest.raises(RankError, match=r'ranks \[0\] did not finish within 1 s'): spawn(lambda comm: time.sleep(9), 1, timeout=1)
 
-def test_fresh_processes_take_functions_by_value():
-    k = 3
-    assert spawn(lambda comm: (comm.rank + k, float(comm.all_sum(torch.ones(())))), 2, method='spawn') == [(3, 2.), (4, 2.)]
+def test_a_rank_that_stays_away_is_named():
+    def away(comm):
+        if comm.rank == 1: time.sleep(60)
+        return comm.gather(torch.ones(1))
+    with pytest.raises(RankError, match=r'(?s)rank [02] waited in gather, its call 1: rank 1 left no word: it is busy elsewhere, or was killed'): spawn(away, 3, timeout=16)
+
+def test_ranks_in_different_calls_are_told_apart():
+    def elsewhere(comm):
+        if comm.rank == 0: comm.leave_word('waited in all_sum, its call 3')
+        return whereabouts(comm, 'waited in all_max, its call 3') if comm.rank else ''
+    assert spawn(elsewhere, 2)[1] == 'rank 0 waited in all_sum, its call 3'
+    def together(comm):
+        comm.leave_word('waited in gather, its call 1')
+        return whereabouts(comm, 'waited in gather, its call 1')
+    assert spawn(together, 3) == ['2 others waited in the same call'] * 3
+
+def test_a_rank_that_raises_is_named_in_the_wrappers_average():
+    def one_leaves(comm):
+        torch.manual_seed(0); line = comm.wrap(nn.Linear(2, 1))
+        try:
+            with watch(comm):
+                if comm.rank == 1: raise UserError('shard 7 holds no captions')
+                line(torch.ones(1, 2)).sum().backward()
+        except UserError: disconnect()
+        except RankError as e: return str(e)
+    assert 'rank 0 waited in the average of the gradients: rank 1 stopped with UserError: shard 7 holds no captions' in spawn(one_leaves, 2, timeout=60)[0]
+
+def test_watch_changes_nothing_else():
+    with pytest.raises(UserError, match='^mine$'), watch(LOCAL): raise UserError('mine')
+    def own_fault(comm):
+        with watch(comm): raise RuntimeError('shapes do not fit')
+    with pytest.raises(RankError, match='(?s)failed.*RuntimeError: shapes do not fit'): spawn(own_fault, 2)
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return str(s.getsockname()[1])
+
+def launched(program, rank, size, port, out):
+    "A process as a cluster starts it: it meets the others at an address, no parent watches it, and it ends as programs end."
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    try: program()
+    except Exception as e: out.write_text(f'{type(e).__name__}: {e}')
+    os._exit(1)
+
+def launch(program, ranks, size, folder):
+    context, port = multiprocessing.get_context('fork'), free_port()
+    jobs = [context.Process(target=launched, args=(program, r, size, port, folder / f'{r}.txt'), daemon=True) for r in ranks]
+    with warnings.catch_warnings(): warnings.simplefilter('ignore', DeprecationWarning); [j.start() for j in jobs]
+    try:
+        for j in jobs: j.join(60); assert j.exitcode == 1, 'still waiting'
+        return [(folder / f'{r}.txt').read_text() for r in ranks]
+    finally: [j.kill() for j in jobs]
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs forked processes')
+def test_processes_without_a_parent_do_not_wait_for_one_that_raised(tmp_path):
+    def program():
+        comm = connect('cpu', timeout=300)
+        with watch(comm):
+            comm.all_sum(torch.ones(1))
+            if comm.rank == 1: raise UserError('shard 000017.tar holds no captions')
+            comm.all_sum(torch.ones(1))
+    zero, one = launch(program, (0, 1), 2, tmp_path)
+    assert one == 'UserError: shard 000017.tar holds no captions'
+    assert zero.startswith('RankError: rank 0 waited in all_sum, its call 2: rank 1 stopped with UserError: shard 000017.tar holds no captions')
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs forked processes')
+def test_a_rank_that_was_never_started_is_named(tmp_path):
+    first, = launch(lambda: connect('cpu', timeout=2), (0,), 2, tmp_path)
+    assert first.startswith('RankError: rank 0 of 2 waited 2 s at the meeting place')
+
+@pytest.mark.parametrize('env, message', [
+    (dict(RANK='0'), 'launched with RANK but without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
+    (dict(RANK='2', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='x', MASTER_PORT='1'), 'RANK=2 of WORLD_SIZE=2: expected numbers, ranks counted from 0'),
+    (dict(RANK='one', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='x', MASTER_PORT='1'), 'RANK=one: expected numbers')])
+def test_environments_that_cannot_be(monkeypatch, env, message):
+    for k in LAUNCH: monkeypatch.delenv(k, raising=False)
+    assert connect() is LOCAL
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(UserError, match=message): connect()
 
 def test_torchrun(tmp_path):
     (tmp_path / 'job.py').write_text(textwrap.dedent('''
@@ -111,14 +275,8 @@ def test_torchrun(tmp_path):
         say(comm, f'{comm.size} ranks on {rank_device("cpu")}, sum {total:g}')
         disconnect()
     '''))
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCH}
     env['PYTHONPATH'] = os.pathsep.join([os.getcwd(), env.get('PYTHONPATH', '')])
-    for n in (1, 2):
-        job = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), str(tmp_path / 'job.py')],
-                             capture_output=True, text=True, env=env, timeout=120)
-        assert job.returncode == 0, job.stderr
-        assert f'{n} ranks on cpu, sum {n * (n + 1) / 2:g}' in job.stdout
-    alone = subprocess.run([sys.executable, str(tmp_path / 'job.py')], capture_output=True, text=True, env=env, timeout=60)
-    assert '1 ranks on cpu, sum 1' in alone.stdout
-    half = subprocess.run([sys.executable, str(tmp_path / 'job.py')], capture_output=True, text=True, env={**env, 'RANK': '0'}, timeout=60)
-    assert 'UserError' in half.stderr and 'MASTER_ADDR' in half.stderr
+    job = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path / 'job.py')], capture_output=True, text=True, env=env, timeout=200)
+    assert job.returncode == 0, job.stderr
+    assert '2 ranks on cpu, sum 3' in job.stdout
