@@ -1,0 +1,656 @@
+"Weights in and out: the same numbers as open_clip, flax and the formulas; every mistake in one line; no code is ever run."
+import io, json, math, os, types, warnings, zipfile
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from clipa_nb import pretrained as P
+from clipa_nb.clip import MODELS, build_clip, load_weights, model_config
+from clipa_nb.core import UserError
+from clipa_nb.cost import Tower
+from clipa_nb.data import Transform
+from clipa_nb.tokenizer import load_tokenizer, train_wordpiece
+
+try: import open_clip
+except ImportError: open_clip = None
+needs_open_clip = pytest.mark.skipif(open_clip is None, reason='open_clip is not installed: pip install open_clip_torch')
+pytestmark = pytest.mark.filterwarnings('ignore')
+HERE = Path(__file__).parent
+
+SMALL = model_config('ViT-L-14-CLIPA').replace(image=Tower(64, 2, 4, 256), text=Tower(48, 2, 4, 192), embed_dim=32, image_size=56, context_length=8, vocab_size=300)
+
+@torch.no_grad()
+def perturb(model, seed=0):
+    "Every parameter, biases and norms too: zeros and ones would hide mistakes."
+    g = torch.Generator().manual_seed(seed)
+    for k, p in model.named_parameters():
+        if p.ndim == 0: p.copy_(torch.tensor(2.3456789))
+        else: p.copy_(torch.empty(p.shape).uniform_(-1.7, 1.7, generator=g) * p.shape[-1]**-0.5 + (1. if k.endswith('weight') and ('ln_' in k or 'norm' in k) else 0.))
+    return model.eval()
+
+def small(seed=0, **changes): return perturb(build_clip(SMALL.replace(**changes)), seed)
+
+@pytest.fixture
+def saved(tmp_path): return P.save_pretrained(small(), tmp_path / 'model')
+
+def edit(folder, f):
+    d = json.loads((folder / 'open_clip_config.json').read_text()); f(d); (folder / 'open_clip_config.json').write_text(json.dumps(d)); return folder
+
+def theirs_only(folder): return edit(folder, lambda d: d.pop('clipa_nb'))
+
+# ---- the same numbers as open_clip
+
+FAMILIES = { # open_clip's own configuration, at reduced depth: (image blocks, text blocks)
+    'ViT-B-32': (2, 2), 'ViT-B-32-quickgelu': (2, 2), 'ViT-B-16': (2, 2), 'ViT-L-14': (1, 1),
+    'ViT-L-14-CLIPA': (1, 1), 'ViT-L-14-CLIPA-336': (1, 1), 'ViT-H-14-CLIPA': (1, 1), 'ViT-bigG-14-CLIPA': (1, 1)}
+
+def reduced(name):
+    d = open_clip.get_model_config(name)
+    d['vision_cfg']['layers'], d['text_cfg']['layers'] = FAMILIES[name]
+    d['text_cfg']['vocab_size'] = 600 # the table of words is only looked up
+    if 'H-14' in name or 'bigG' in name: d['vision_cfg']['image_size'] = 112 # fewer tokens, the same blocks
+    return d
+
+def their_model(cfg, seed=1):
+    with torch.device('meta'), P._Undrawn(): model = open_clip.CLIP(**cfg)
+    mask = model.attn_mask
+    model.to_empty(device='cpu')
+    if mask is not None: model.attn_mask = torch.full(mask.shape, float('-inf')).triu(1)
+    return perturb(model, seed)
+
+def their_folder(model, cfg, out, how):
+    out.mkdir()
+    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, out / P.FILES[0])
+    (out / 'open_clip_config.json').write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg=P.PREPROCESS[how])))
+    return out
+
+def batch(model_cfg, n=2, size=None, length=None):
+    g = torch.Generator().manual_seed(5)
+    s, t = size or model_cfg['vision_cfg']['image_size'], length or model_cfg['text_cfg']['context_length']
+    ids = torch.randint(1, 590, (n, t), generator=g); ids[:, t // 2] = 599 # the largest: CLIP's end of text, in the middle
+    return torch.randn(n, 3, s, s, generator=g), ids
+
+def features(model, x, ids): return model.encode_image(x, normalize=True), model.encode_text(ids, normalize=True)
+def gap(a, b): return max(float((x - y).abs().max()) for x, y in zip(a, b))
+
+def gradients(model, zi, zt, name=lambda k: k):
+    "The gradients of a loss that every parameter has a part in, by open_clip's names."
+    logits = model.logit_scale.exp() * zi @ zt.T
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(zi))) + (zi * torch.linspace(-1, 1, zi.shape[1])).sum() + (zt * torch.linspace(1, -1, zt.shape[1])).sum()
+    loss.backward()
+    return {name(k): p.grad.T if k in P.TRANSPOSED else p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+def worst(a, b): return max(float((a[k].reshape(b[k].shape) - b[k]).norm() / b[k].norm().clamp(min=1e-8)) for k in b if k != 'visual.positional_embedding' or k in a)
+
+@needs_open_clip
+@pytest.mark.parametrize('name', FAMILIES)
+def test_their_directory_in_ours(name, tmp_path, record_property):
+    cfg = reduced(name)
+    theirs = their_model(cfg)
+    folder = their_folder(theirs, cfg, tmp_path / 'theirs', 'clipa' if 'CLIPA' in name else 'openai')
+    ours = P.create_model(f'local-dir:{folder}').eval()
+    x, ids = batch(cfg)
+    a, b = features(ours, x, ids), features(theirs, x, ids)
+    record_property('embedding', gap(a, b))
+    assert gap(a, b) < 1e-5
+    assert ours.logit_scale.item() == theirs.logit_scale.item()
+    assert torch.equal(ours(x, ids)[2], theirs(x, ids)[2])
+    ga, gb = gradients(ours, *a, P.rename), gradients(theirs, *b)
+    assert set(ga) == set(gb) == set(theirs.state_dict())
+    record_property('gradient', worst(ga, gb))
+    assert worst(ga, gb) < 1e-4
+
+@needs_open_clip
+@pytest.mark.parametrize('name', FAMILIES)
+def test_our_directory_in_theirs(name, tmp_path, record_property):
+    depth = FAMILIES[name]
+    cfg = model_config(name).replace(image__depth=depth[0], text__depth=depth[1], vocab_size=600, image_size=reduced(name)['vision_cfg']['image_size'])
+    ours = perturb(P.hollow(cfg).to_empty(device='cpu'), 2)
+    theirs = open_clip.create_model(f'local-dir:{P.save_pretrained(ours, tmp_path / "ours")}').eval()
+    x, ids = batch(P.open_clip_config(cfg)['model_cfg'])
+    a, b = features(ours, x, ids), features(theirs, x, ids)
+    record_property('embedding', gap(a, b))
+    assert gap(a, b) < 1e-5
+    assert ours.logit_scale.item() == theirs.logit_scale.item()
+    ga, gb = gradients(ours, *a, P.rename), gradients(theirs, *b)
+    assert set(gb) - set(ga) <= {'visual.positional_embedding'} # computed here, stored there
+    gb = {k: v for k, v in gb.items() if k in ga}
+    record_property('gradient', worst(ga, gb))
+    assert worst(ga, gb) < 1e-4
+    if 'CLIPA' in name: assert theirs.visual.transformer.resblocks[0].ln_1.eps == 1e-6 and theirs.transformer.resblocks[0].mlp.gelu.approximate == 'tanh'
+
+@needs_open_clip
+def test_a_whole_l14(record_property):
+    cfg = open_clip.get_model_config('ViT-L-14-CLIPA')
+    theirs = their_model(cfg)
+    ours = P.from_open_clip_config(dict(model_cfg=cfg, preprocess_cfg=P.PREPROCESS['clipa']))
+    state = P.fitting(dict(theirs.state_dict()), ours)
+    ours = load_weights(P.hollow(ours), state, assign=True).eval() # the very same memory
+    x, ids = batch(cfg, 1)
+    with torch.no_grad(): a, b = features(ours, x, ids), features(theirs, x, ids)
+    record_property('embedding', gap(a, b))
+    numbers = sum(p.numel() for p in ours.parameters())
+    assert numbers == sum(p.numel() for p in theirs.parameters()) and round(numbers / 1e6, 1) == 414.2
+    assert gap(a, b) < 1e-5
+
+@needs_open_clip
+@pytest.mark.parametrize('name', ['ViT-B-16', 'ViT-L-14-CLIPA'])
+@pytest.mark.parametrize('size, length', [(112, 16), (280, 40)])
+def test_another_size_on_load(name, size, length, tmp_path):
+    size = size * 8 // 7 if '16' in name else size
+    cfg = reduced(name)
+    cfg['vision_cfg'] |= dict(layers=1, width=128); cfg['text_cfg'] |= dict(layers=1, width=64, heads=2); cfg['embed_dim'] = 48
+    folder = their_folder(their_model(cfg), cfg, tmp_path / 'theirs', 'openai')
+    forced = dict(force_image_size=size, force_context_length=length)
+    ours, theirs = (make(f'local-dir:{folder}', **forced).eval() for make in (P.create_model, open_clip.create_model))
+    x, ids = batch(cfg, 3, size, length)
+    assert gap(features(ours, x, ids), features(theirs, x, ids)) < 1e-5
+    back = open_clip.create_model(f'local-dir:{P.save_pretrained(ours, tmp_path / "back")}').eval()
+    assert gap(features(back, x, ids), features(theirs, x, ids)) < 1e-5
+
+@needs_open_clip
+def test_every_plain_architecture_of_open_clip(tmp_path):
+    "Each is either built with the same names and shapes, or refused by name."
+    built, refused = [], []
+    for name in open_clip.list_models():
+        cfg = open_clip.get_model_config(name)
+        if any(k in str(cfg) for k in ('timm_model_name', 'hf_model_name', 'multimodal_cfg', 'audio')) or isinstance(cfg['vision_cfg'].get('layers'), list):
+            with pytest.raises(UserError): P.from_words(cfg)
+            continue
+        try: ours, _ = P.from_words(cfg, 'openai'), [cfg[c].update(layers=2) for c in ('vision_cfg', 'text_cfg')]
+        except UserError as e: refused.append(name); assert 'ls_init_value' in str(e); continue
+        with torch.device('meta'), P._Undrawn(): a, b = build_clip(ours.replace(image__depth=2, text__depth=2)).state_dict(), open_clip.CLIP(**{k: v for k, v in cfg.items() if k != 'custom_text'}).state_dict()
+        assert {P.rename(k): tuple(v.T.shape if k in P.TRANSPOSED else v.shape) for k, v in a.items()} == {k: tuple(v.shape) for k, v in b.items()}, name
+        built.append(name)
+    assert {*FAMILIES, 'ViT-H-14-CLIPA-336', 'ViT-bigG-14-CLIPA-336', 'ViT-g-14', 'ViT-H-14-worldwide'} <= set(built) and all(n.endswith('-alt') for n in refused)
+
+@needs_open_clip
+@pytest.mark.parametrize('change', [dict(pool='norm_avg'), dict(text_pool='first'), dict(text_pool='eos', eos_id=7), dict(text_act='gelu'), dict(text_ln_eps=1e-5), dict(act='gelu', text_act='gelu_tanh'),
+                                    dict(pre_norm=True, text_mask='causal', text_pool='eot', act='quick_gelu', pool='cls', positions='learned', ln_eps=1e-5), dict(init_bias=-10.)], ids=str)
+def test_what_open_clip_can_say_it_computes(change, tmp_path):
+    ours = small(**change)
+    theirs = open_clip.create_model(f'local-dir:{P.save_pretrained(ours, tmp_path / "out")}').eval()
+    x, ids = torch.randn(3, 3, 56, 56), torch.randint(1, 300, (3, 8))
+    ids[:, 4] = 7
+    with torch.no_grad():
+        assert gap(features(ours, x, ids), features(theirs, x, ids)) < 1e-5
+        again = P.create_model(f'local-dir:{theirs_only(tmp_path / "out")}').eval()
+        assert gap(features(again, x, ids), features(theirs, x, ids)) < 1e-5
+    if 'init_bias' in change: assert again.logit_bias.item() == theirs.logit_bias.item()
+
+@pytest.mark.parametrize('change', [dict(cls=False), dict(pool='avg_all'), dict(text_mask='pad'), dict(text_mask='causal_pad'), dict(act='quick_gelu', text_act='gelu'), dict(text_act='quick_gelu')], ids=str)
+def test_what_open_clip_cannot_say_it_refuses_or_is_warned_of(change, tmp_path):
+    with pytest.warns(UserWarning, match='open_clip cannot load this model'): out = P.save_pretrained(small(**change), tmp_path / 'out')
+    assert 'open_clip cannot load this model' in (out / 'README.md').read_text()
+    if open_clip:
+        with pytest.raises(Exception): open_clip.create_model(f'local-dir:{out}').encode_text(torch.ones(1, 8, dtype=torch.int64))
+    model = P.create_model(f'local-dir:{out}')
+    assert model.cfg == SMALL.replace(**change)
+
+def test_tanh_and_eps_are_said(tmp_path):
+    with pytest.warns(UserWarning, match='no tanh GELU and no LayerNorm eps 1e-06'): out = P.save_pretrained(small(), tmp_path / 'out')
+    words = json.loads((out / 'open_clip_config.json').read_text())['model_cfg']
+    assert all(words[c]['act_kwargs'] == {'approximate': 'tanh'} and words[c]['norm_kwargs'] == {'eps': 1e-6} for c in ('vision_cfg', 'text_cfg'))
+    assert 'no tanh GELU' in (out / 'README.md').read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        P.save_pretrained(small(act='gelu', ln_eps=1e-5), tmp_path / 'plain')
+
+@needs_open_clip
+def test_tokenizer_files_are_read_by_open_clip(tmp_path):
+    pytest.importorskip('transformers')
+    vocab = HERE.parent / '..' / 'shared' / 'data' / 'bert-base-uncased-vocab.txt'
+    tok = load_tokenizer(vocab, 32) if vocab.exists() else train_wordpiece(['a red star', 'a photo of a blue ring'] * 3, 120, 32)
+    out = P.save_pretrained(small(vocab_size=32000, context_length=32), tmp_path / 'out', tokenizer=tok)
+    texts = ['a red star', 'a photo of a blue ring']
+    theirs = open_clip.get_tokenizer(f'local-dir:{out}')(texts)
+    assert torch.equal(P.get_tokenizer(f'local-dir:{out}')(texts), theirs) and theirs.shape == (2, 32)
+
+# ---- the same numbers as flax and as the formulas
+
+JAX = HERE / 'fixtures' / 'jax'
+TINY = model_config('ViT-B-16-CLIPA').replace(image=Tower(24, 2, 3, 40), text=Tower(20, 2, 2, 36), embed_dim=10, patch=4, image_size=12, context_length=6, vocab_size=30)
+
+def tiny(dtype, monkeypatch, **kw):
+    monkeypatch.setitem(P.ADDED, 'tiny', TINY)
+    return P.create_model('tiny', JAX / f'weights_{dtype}.npz', force_preprocess_cfg='clipa', **kw).eval()
+
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+@torch.no_grad()
+def test_flax_weights_compute_the_same(dtype, monkeypatch):
+    z = np.load(JAX / 'io.npz')
+    images = {k: torch.from_numpy(z[k]).permute(0, 3, 1, 2) for k in ('image', 'wide')}
+    model = tiny(dtype, monkeypatch)
+    close = lambda a, name: np.testing.assert_allclose(a.numpy(), z[f'{dtype}_{name}'], atol=2e-6)
+    close(model.encode_image(images['image'], normalize=True), 'gap')
+    close(model.encode_text(torch.from_numpy(z['ids']), normalize=True), 'text')
+    close(model(images['image'], torch.from_numpy(z['ids']))[2], 'scale')
+    close(tiny(dtype, monkeypatch, force_image_size=20).encode_image(images['wide'], normalize=True), 'gap_wide') # positions are computed anew
+    tok = load_weights(build_clip(TINY.replace(pool='cls')), model.state_dict()).eval()
+    close(tok.encode_image(images['image'], normalize=True), 'tok')
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+def test_flax_positions_may_be_interpolated(monkeypatch):
+    model = tiny('fp32', monkeypatch, positions='interpolate', force_image_size=20, force_context_length=9)
+    assert model.cfg.positions == 'learned' and model.visual.positions.table.shape == (26, 24) and model.text.positions.shape == (9, 20)
+    whole = tiny('fp32', monkeypatch, positions='interpolate')
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(whole.encode_image(x), tiny('fp32', monkeypatch).encode_image(x), atol=1e-6, rtol=1e-5)
+
+def straight(state, cfg, image, ids, gelu, eps):
+    "Both towers, written down from the formulas in float64 numpy."
+    p = {k: v.double().numpy() for k, v in state.items()}
+    def ln(x, k):
+        m = x.mean(-1, keepdims=True)
+        return (x - m) / np.sqrt(((x - m) ** 2).mean(-1, keepdims=True) + eps) * p[k + '.weight'] + p[k + '.bias']
+    def blocks(x, k, tower):
+        d = tower.width // tower.heads
+        for i in range(tower.depth):
+            b = f'{k}.{i}.'
+            y = ln(x, b + 'ln_1') @ p[b + 'attn.in_proj_weight'].T + p[b + 'attn.in_proj_bias']
+            q, key, v = (y[..., j * tower.width:(j + 1) * tower.width] for j in range(3))
+            heads = []
+            for h in range(tower.heads):
+                s = slice(h * d, (h + 1) * d)
+                a = q[..., s] @ key[..., s].swapaxes(-1, -2) / np.sqrt(d)
+                a = np.exp(a - a.max(-1, keepdims=True)); heads.append(a / a.sum(-1, keepdims=True) @ v[..., s])
+            x = x + np.concatenate(heads, -1) @ p[b + 'attn.out_proj.weight'].T + p[b + 'attn.out_proj.bias']
+            y = gelu(ln(x, b + 'ln_2') @ p[b + 'mlp.c_fc.weight'].T + p[b + 'mlp.c_fc.bias'])
+            x = x + y @ p[b + 'mlp.c_proj.weight'].T + p[b + 'mlp.c_proj.bias']
+        return x
+    P_, g, W = cfg.patch, cfg.image_size // cfg.patch, cfg.image.width
+    x = np.stack([[np.einsum('chw,dchw->d', im[:, r * P_:(r + 1) * P_, c * P_:(c + 1) * P_], p['visual.patch.weight']) for r in range(g) for c in range(g)] for im in image.double().numpy()])
+    speed = [10_000 ** -(k / (W // 4 - 1)) for k in range(W // 4)]
+    place = np.array([[f(v * s) for v in (c, r) for f in (np.sin, np.cos) for s in speed] for r in range(g) for c in range(g)])
+    x = np.concatenate([np.broadcast_to(p['visual.prefix.token'], (len(x), 1, W)), x + place], 1)
+    zi = ln(blocks(x, 'visual.encoder.blocks', cfg.image)[:, 1:].mean(1), 'visual.norm') @ p['visual.head.weight'].T
+    t = blocks(p['text.embed.weight'][ids.numpy()] + p['text.positions'], 'text.encoder.blocks', cfg.text)
+    return zi, ln(t, 'text.norm')[:, -1] @ p['text.head.weight'].T
+
+erf = np.vectorize(math.erf)
+GELUS = {'gelu': lambda x: x * (1 + erf(x / np.sqrt(2))) / 2, 'gelu_tanh': lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2, 'quick_gelu': lambda x: x / (1 + np.exp(-1.702 * x))}
+
+@pytest.mark.parametrize('act, eps', [('gelu_tanh', 1e-6), ('gelu', 1e-5), ('gelu_tanh', 1e-5), ('gelu', 1e-6), ('quick_gelu', 1e-5)])
+@torch.no_grad()
+def test_formulas_in_float64(act, eps):
+    cfg = TINY.replace(act=act, ln_eps=eps)
+    model = perturb(build_clip(cfg)).double()
+    image, ids = torch.randn(2, 3, 12, 12, dtype=torch.float64), torch.randint(0, 30, (2, 6))
+    for ours, wanted in zip((model.encode_image(image), model.encode_text(ids)), straight(model.state_dict(), cfg, image, ids, GELUS[act], eps)):
+        np.testing.assert_allclose(ours.numpy(), wanted, atol=1e-12, rtol=1e-10)
+    other = {'gelu': 'gelu_tanh'}.get(act, 'gelu')
+    assert abs(straight(model.state_dict(), cfg, image, ids, GELUS[other], eps)[0] - model.encode_image(image).numpy()).max() > 1e-6 # the test can tell them apart
+
+# ---- every form weights come in
+
+def forms(tmp_path, model):
+    "One model, written in every way we read."
+    theirs = P.to_open_clip(model)
+    keys = lambda f: {f(k): v for k, v in theirs.items()}
+    text = lambda k: k if k.startswith(('visual.', 'logit')) else f'text.{k}'
+    yield 'safetensors', (save_file(theirs, tmp_path / 'a.safetensors'), tmp_path / 'a.safetensors')[1]
+    for name, state in (('bin', theirs), ('module', {'epoch': 3, 'name': 'x', 'state_dict': keys(lambda k: f'module.{k}') | {'module.attn_mask': torch.zeros(8, 8)}, 'optimizer': {'state': {}, 'param_groups': [dict(lr=0.1)]}}),
+                        ('custom text', keys(text) | {'text.attn_mask': torch.zeros(8, 8)}), ('compiled', keys(lambda k: f'module._orig_mod.{text(k)}')), ('openai', theirs | {k: torch.tensor(8) for k in ('input_resolution', 'context_length', 'vocab_size')}),
+                        ('one scale', theirs | {'logit_scale': theirs['logit_scale'].reshape(1)}), ('ours', {k: v.detach() for k, v in model.state_dict().items()}), ('ours, module', {f'module.{k}': v.detach() for k, v in model.state_dict().items()})):
+        torch.save(state, tmp_path / f'{name}.pt'); yield name, tmp_path / f'{name}.pt'
+    torch.save(theirs, tmp_path / 'legacy.bin', _use_new_zipfile_serialization=False); yield 'legacy', tmp_path / 'legacy.bin'
+
+def test_every_form_gives_the_same_weights(tmp_path, monkeypatch):
+    model = small(); monkeypatch.setitem(P.ADDED, 'small', SMALL)
+    for name, path in forms(tmp_path, model):
+        got = P.create_model('small', path, force_preprocess_cfg='clipa').state_dict()
+        assert all(torch.equal(got[k], v) for k, v in model.state_dict().items()), name
+
+def test_clipa_v1_checkpoint(tmp_path):
+    "Old words, `module.` prefixes, mean over all tokens with the class token: compared with the mean taken by hand."
+    words = dict(embed_dim=32, vision_cfg=dict(image_size=64, layers=2, width=64, head_width=16, patch_size=16, global_average_pool=True, pos_embed='sin_cos_2d'), text_cfg=dict(context_length=8, vocab_size=300, width=48, heads=4, layers=2, text_mask='syntax'))
+    cfg = P.from_words(words, 'openai')
+    assert (cfg.pool, cfg.pre_norm, cfg.act, cfg.ln_eps, cfg.text_mask, cfg.text_pool, cfg.positions) == ('avg_all', True, 'gelu', 1e-5, 'causal', 'eot', 'learned')
+    model = perturb(build_clip(cfg))
+    torch.save({'state_dict': {f'module.{k}': v for k, v in P.to_open_clip(model).items()}}, tmp_path / 'epoch_6.pt')
+    (tmp_path / 'open_clip_config.json').write_text(json.dumps(dict(model_cfg=words, preprocess_cfg=P.PREPROCESS['openai'])))
+    (tmp_path / 'epoch_6.pt').rename(tmp_path / 'open_clip_pytorch_model.pth')
+    loaded, _, val = P.create_model_and_transforms(f'local-dir:{tmp_path}')
+    x, v = torch.randn(2, 3, 64, 64), loaded.eval().visual
+    with torch.no_grad():
+        y, grid = v.patch(x)
+        y = v.encoder(v.pre_norm(v.prefix(y) + v.positions.table))
+        torch.testing.assert_close(loaded.encode_image(x), v.head(v.norm(y.mean(1))))
+        torch.testing.assert_close(loaded.encode_image(x), model.encode_image(x))
+    assert val.transform.mode == 'shortest' and all(f'ViT-L-16-CL{t}-GAP' in P.list_models() for t in (8, 16, 32))
+
+def test_openai_architecture_in_half_precision(tmp_path):
+    cfg = model_config('ViT-B-32-quickgelu').replace(image=Tower(64, 2, 1, 256), text=Tower(48, 2, 4, 192), embed_dim=32, image_size=64, context_length=8, vocab_size=300)
+    assert (cfg.act, cfg.pre_norm, cfg.text_pool) == ('quick_gelu', True, 'eot')
+    model = perturb(build_clip(cfg))
+    out = P.save_pretrained(model, tmp_path / 'out')
+    save_file({k: v.half() for k, v in load_file(out / P.FILES[0]).items()}, out / P.FILES[0])
+    loaded = P.create_model(f'local-dir:{theirs_only(out)}')
+    assert all(p.dtype == torch.float32 for p in loaded.parameters()) and loaded.cfg.act == 'quick_gelu'
+    for k, v in model.state_dict().items(): assert torch.equal(loaded.state_dict()[k], v.half().float()), k
+
+def test_layout_of_the_published_repositories(tmp_path, monkeypatch):
+    "open_clip_config.json with their words alone, safetensors and .bin side by side; tags lead there."
+    out = theirs_only(P.save_pretrained(small(act='gelu', ln_eps=1e-5), tmp_path / 'out'))
+    torch.save({k: v + 1 for k, v in load_file(out / P.FILES[0]).items()}, out / 'open_clip_pytorch_model.bin')
+    seen = []
+    monkeypatch.setattr(P, '_from_hub', lambda hub, name, where, cache_dir: seen.append(where) or out)
+    for (name, tag) in P.TAGS: model = P.create_model(name, tag)
+    assert len(seen) == 7 and 'UCSC-VLAA/ViT-H-14-CLIPA-336-laion2B' in seen and 'UCSC-VLAA/ViT-bigG-14-CLIPA-datacomp1B' in seen
+    assert torch.equal(model.state_dict()['text.embed.weight'], small().state_dict()['text.embed.weight'])
+    assert (model.cfg.positions, model.cfg.act, model.cfg.ln_eps, model.cfg.resize_mode) == ('learned', 'gelu', 1e-5, 'squash')
+
+# ---- positions
+
+def test_positions_are_a_choice(saved):
+    name, x = f'local-dir:{theirs_only(saved)}', torch.randn(2, 3, 112, 112)
+    default, stretched, anew = (P.create_model(name, force_image_size=112, positions=p).eval() for p in (None, 'interpolate', 'recompute'))
+    assert (default.cfg.positions, anew.cfg.positions) == ('learned', 'moco')
+    z = [m.encode_image(x) for m in (default, stretched, anew)]
+    assert torch.equal(z[0], z[1]) and not torch.allclose(z[0], z[2], atol=1e-3)
+    direct = load_weights(build_clip(SMALL.replace(image_size=112)), small().state_dict()).eval()
+    torch.testing.assert_close(z[2], direct.encode_image(x))
+    torch.testing.assert_close(P.create_model(name, positions='recompute').eval().encode_image(x[..., :56, :56]), small().encode_image(x[..., :56, :56]), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize('form', ['moco', 'mae'])
+def test_the_form_of_a_table_is_found_at_every_published_size(form):
+    from clipa_nb.patch_embedding import sincos
+    for width, grid in ((384, 14), (768, 7), (1024, 6), (1024, 24), (1280, 16), (1664, 16)):
+        assert P.form_of(sincos((grid, grid), width, form, 1).half(), 1) == form
+
+def test_learned_tables_cannot_be_recomputed(tmp_path):
+    out = P.save_pretrained(small(positions='learned'), tmp_path / 'out')
+    with pytest.raises(UserError, match="learned or fine-tuned: use positions='interpolate'"): P.create_model(f'local-dir:{out}', positions='recompute')
+
+# ---- preprocessing
+
+def pictures():
+    rng = np.random.default_rng(0)
+    base = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+    for size in ((97, 61), (61, 97), (224, 224), (333, 500), (500, 375), (57, 400), (225, 226)):
+        for mode in ('RGB', 'L', 'P', 'RGBA', 'CMYK', 'LA', '1'): yield base.convert(mode).resize(size)
+
+@needs_open_clip
+@pytest.mark.parametrize('how', ['openai', 'clipa'])
+@pytest.mark.parametrize('size', [84, 224, 61])
+def test_evaluation_pixels_equal_open_clip(how, size):
+    cfg = SMALL.replace(image_size=size, **P.PREPROCESS[how])
+    ours, theirs = P.preprocess(cfg), open_clip.transform.image_transform(size, False, **{k: v for k, v in P.PREPROCESS[how].items()})
+    for picture in pictures(): assert torch.equal(ours(picture), theirs(picture)), (picture.mode, picture.size)
+
+def test_preprocessing_travels(tmp_path):
+    own = P.preprocess(SMALL.replace(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bicubic', resize_mode='shortest'))
+    out = P.save_pretrained(small(), tmp_path / 'out', preprocess=own)
+    model, train, val = P.create_model_and_transforms(f'local-dir:{out}')
+    assert val == own and train.transform.mode == 'crop' and torch.allclose(model.mean.flatten() / 255, torch.tensor([0.1, 0.2, 0.3]))
+    with pytest.raises(UserError, match='random crops'): P.save_pretrained(small(), out, preprocess=train)
+
+def test_bytes_and_floats_agree():
+    model, picture = small(), Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8))
+    x = P.preprocess(model.cfg)(picture)[None]
+    torch.testing.assert_close(model.encode_image(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]), model.encode_image(x), atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('written', [None, {}, {'interpolation': 'bicubic'}, {'mean': [0.5] * 3}])
+def test_unknown_preprocessing_is_asked_for(saved, written):
+    def f(d): d.pop('clipa_nb'); d.pop('preprocess_cfg'); d.update({} if written is None else {'preprocess_cfg': written})
+    name = f'local-dir:{edit(saved, f)}'
+    with pytest.raises(UserError, match='force_preprocess_cfg'): P.create_model(name)
+    assert P.create_model_and_transforms(name, force_preprocess_cfg='clipa')[2].transform.mode == 'squash'
+    own = P.create_model_and_transforms(name, force_preprocess_cfg=dict(mean=[0.5] * 3, std=0.25))[2]
+    assert (own.mean, own.std, own.transform.interpolation, own.transform.mode) == ((0.5,) * 3, (0.25,) * 3, 'bicubic', 'shortest')
+
+def test_a_bare_file_asks_and_one_with_its_configuration_does_not(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(P.ADDED, 'small', SMALL)
+    alone = tmp_path / 'alone.safetensors'; alone.write_bytes((saved / P.FILES[0]).read_bytes())
+    with pytest.raises(UserError, match='nothing says how its images were prepared'): P.create_model('small', alone)
+    edit(saved, lambda d: d['preprocess_cfg'].update(mean=[0.9] * 3))
+    assert P.create_model('small', saved / P.FILES[0]).cfg.mean == (0.9,) * 3
+
+def test_the_format_fills_interpolation_and_mode(saved):
+    "A published directory that names mean and std alone means bicubic and the shortest edge."
+    edit(saved, lambda d: (d.pop('clipa_nb'), d.update(preprocess_cfg=dict(mean=[0.1] * 3, std=[0.2] * 3))))
+    cfg = P.create_model(f'local-dir:{saved}').cfg
+    assert (cfg.interpolation, cfg.resize_mode, cfg.mean) == ('bicubic', 'shortest', (0.1,) * 3)
+
+# ---- nothing that is read runs code
+
+class Malicious:
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return os.system, (f'touch {self.mark}',)
+
+@pytest.mark.parametrize('kind', ['bin', 'legacy', 'npz', 'torchscript', 'nested'])
+def test_a_malicious_file_ends_in_one_line(kind, tmp_path, saved):
+    mark, file = tmp_path / 'it-ran', saved / 'open_clip_pytorch_model.bin'
+    (saved / P.FILES[0]).unlink()
+    if kind == 'bin': torch.save(Malicious(mark), file)
+    if kind == 'nested': torch.save({'state_dict': {'visual.proj': torch.ones(2)}, 'optimizer': Malicious(mark)}, file)
+    if kind == 'legacy': torch.save(Malicious(mark), file, _use_new_zipfile_serialization=False)
+    if kind == 'npz': file = saved / 'x.npz'; np.savez(file, **{'params/t': np.array([Malicious(mark)], dtype=object)})
+    if kind == 'torchscript':
+        with zipfile.ZipFile(file, 'w') as z: z.writestr('model/constants.pkl', b''); z.writestr('model/data.pkl', b'')
+    with pytest.raises(UserError) as e: P.read_state(file)
+    assert not mark.exists() and '\n' not in str(e.value) and str(file) in str(e.value)
+    if kind != 'npz':
+        with pytest.raises(UserError): P.create_model(f'local-dir:{saved}')
+        assert not mark.exists()
+
+def test_no_pickle_module_is_needed(saved):
+    "A directory of safetensors loads in a process where unpickling is poisoned."
+    import subprocess, sys
+    code = ("import torch, pickle\nfrom clipa_nb.pretrained import create_model\ndef never(*a, **k): raise SystemExit('a pickle was read')\n"
+            f"pickle.load = pickle.loads = pickle.Unpickler = torch.load = never\nprint(create_model('local-dir:{saved}').cfg.embed_dim)")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HERE.parent)
+    assert done.stdout.strip() == '32', done.stderr
+
+# ---- bad input, each in one line
+
+def refused(match, f, *args, **kw):
+    with pytest.raises(UserError, match=match) as e: f(*args, **kw)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 900, str(e.value)
+
+def rewrite(folder, f):
+    state = load_file(folder / P.FILES[0]); f(state); save_file({k: v.contiguous() for k, v in state.items()}, folder / P.FILES[0]); return f'local-dir:{folder}'
+
+def test_missing_extra_and_misshaped_keys(saved):
+    name = rewrite(saved, lambda s: s.update({'visual.porj': s.pop('visual.proj'), 'ln_final.weight': torch.ones(7), 'zebra': torch.ones(1)}))
+    refused(r'missing: visual.proj; unknown: visual.porj \(did you mean visual.proj\?\), zebra; of another shape: ln_final.weight \(7,\) for \(48,\)', P.create_model, name)
+    name = rewrite(saved, lambda s: [s.pop(k) for k in list(s) if 'resblocks.1' in k])
+    refused(r'missing: .* and \d+ more', P.create_model, name)
+
+def test_wrong_architecture_for_the_weights(saved, tmp_path):
+    state = P.hollow(model_config('ViT-B-32')).state_dict()
+    refused('their shapes say width 768, 12 blocks, patch 32; .*: ViT-B-32;', P.fitting, {P.rename(k): v.T if k in P.TRANSPOSED else v for k, v in state.items()}, model_config('ViT-L-14'), 'x.bin')
+    refused('do not fit the model', P.create_model, 'ViT-S-16-CLIPA', saved / P.FILES[0])
+
+def test_wrong_heads_of_jax(monkeypatch):
+    monkeypatch.setitem(P.ADDED, 'tiny', TINY.replace(image__heads=2))
+    refused('3 heads of 8, the model 2', P.create_model, 'tiny', JAX / 'weights_fp32.npz', force_preprocess_cfg='clipa')
+    monkeypatch.setitem(P.ADDED, 'tiny', TINY.replace(text__depth=3))
+    refused('missing: txt/Transformer/encoderblock_2/LayerNorm_0/scale', P.create_model, 'tiny', JAX / 'weights_fp32.npz', force_preprocess_cfg='clipa')
+
+@pytest.mark.parametrize('keep', [0, 5, 100, 3000, -1])
+def test_truncated_safetensors(saved, keep):
+    raw = (saved / P.FILES[0]).read_bytes(); (saved / P.FILES[0]).write_bytes(raw[:keep])
+    refused('cut short|not wholly downloaded|cannot be read', P.create_model, f'local-dir:{saved}')
+
+@pytest.mark.parametrize('change, match', [
+    (lambda d: d['model_cfg']['vision_cfg'].update(qk_norm=True), 'vision_cfg sets qk_norm=True'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(widht=64), "unknown setting 'widht': did you mean width"),
+    (lambda d: d['model_cfg']['text_cfg'].update(embed_cls=True), 'text_cfg sets embed_cls=True'),
+    (lambda d: d['model_cfg'].update(multimodal_cfg={'width': 3}), 'multimodal_cfg.*CoCa'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(timm_model_name='vit_base_patch16_224'), 'timm_model_name.*timm'),
+    (lambda d: d['model_cfg']['text_cfg'].update(hf_model_name='roberta'), 'hf_model_name.*Hugging Face'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(layers=[3, 4, 6, 3]), 'layers=.*expected a number'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(image_size=[56, 112]), 'image_size=.*expected a number'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(width='64'), "width='64'"),
+    (lambda d: d['model_cfg']['vision_cfg'].update(width=None), 'width=None'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(head_width=60), 'not divisible by head_width 60'),
+    (lambda d: d['model_cfg']['vision_cfg'].update(norm_kwargs={'bias': False}), 'only eps'),
+    (lambda d: d['model_cfg']['text_cfg'].update(pool_type='max'), "unknown pool_type 'max'"),
+    (lambda d: d['model_cfg']['vision_cfg'].update(pool_type='none'), "unknown image pool 'none'"),
+    (lambda d: d['preprocess_cfg'].update(resize_mode='longest'), "'longest'"),
+    (lambda d: d['preprocess_cfg'].update(men=[0.5]), "did you mean mean"),
+    (lambda d: d['preprocess_cfg'].update(mean=[0.5]), 'three numbers'),
+    (lambda d: d['preprocess_cfg'].update(std=[0.5, 0, 0.5]), 'three numbers'),
+    (lambda d: d.pop('model_cfg'), 'no model_cfg'),
+    (lambda d: d['model_cfg'].pop('text_cfg'), 'no model_cfg with vision_cfg and text_cfg'),
+    (lambda d: d.update(modle_cfg={}), 'did you mean model_cfg'),
+])
+def test_configuration_mistakes(saved, change, match):
+    refused(match, P.create_model, f'local-dir:{edit(saved, lambda d: (d.pop("clipa_nb"), change(d)))}')
+
+def test_two_halves_that_disagree(saved):
+    refused('disagree.*image.width 128 and 64', P.create_model, f'local-dir:{edit(saved, lambda d: d["model_cfg"]["vision_cfg"].update(width=128))}')
+    refused('unknown field of ModelConfig', P.create_model, f'local-dir:{edit(saved, lambda d: d["clipa_nb"].update(widht=3))}')
+
+def test_json_that_is_none(saved):
+    for text, match in (('{"model_cfg": {', 'cannot be read as JSON'), ('[1, 2]', 'list, expected a JSON object'), ('', 'cannot be read as JSON')):
+        (saved / 'open_clip_config.json').write_text(text); refused(match, P.create_model, f'local-dir:{saved}')
+    (saved / 'open_clip_config.json').write_bytes(b'\xff\xfe\x00'); refused('cannot be read as JSON', P.create_model, f'local-dir:{saved}')
+
+@pytest.mark.parametrize('rows', [16, 18, 1, 0])
+def test_position_tables_that_are_not_square(saved, rows):
+    name = rewrite(saved, lambda s: s.update({'visual.positional_embedding': torch.zeros(rows, 64)}))
+    refused(f'{rows} rows, expected 1 . a square', P.create_model, name)
+    refused(f'{rows} rows, expected 1 . a square', P.create_model, f'local-dir:{theirs_only(saved)}')
+
+def test_a_wrong_table_is_not_passed_over(saved):
+    refused("not the 'moco' sin-cos one", P.create_model, rewrite(saved, lambda s: s.update({'visual.positional_embedding': s['visual.positional_embedding'] + 0.1})))
+    assert P.create_model(f'local-dir:{saved}', positions='interpolate').cfg.positions == 'learned'
+
+def test_directories(tmp_path, saved):
+    refused('is not a directory', P.create_model, f'local-dir:{tmp_path}/nowhere')
+    (tmp_path / 'empty').mkdir(); refused('holds no open_clip_config.json', P.create_model, f'local-dir:{tmp_path}/empty')
+    (tmp_path / 'empty' / 'config.json').write_text('{}'); refused('transformers library', P.create_model, f'local-dir:{tmp_path}/empty')
+    refused('local-dir:PATH', P.create_model, 'local-dir:'); refused('local-dir:PATH', P.create_model, 's3://bucket')
+    (saved / P.FILES[0]).rename(saved / f'{P.FILES[0]}.incomplete'); refused('incomplete… was not wholly downloaded|was not wholly downloaded', P.create_model, f'local-dir:{saved}')
+    (saved / f'{P.FILES[0]}.incomplete').unlink(); refused('holds a configuration but no weights', P.create_model, f'local-dir:{saved}')
+    (saved / P.FILES[0]).write_text('version https://git-lfs.github.com/spec/v1\n'); refused('Git LFS pointer', P.create_model, f'local-dir:{saved}')
+
+def test_names_and_arguments(tmp_path):
+    refused('did you mean ViT-H-14-CLIPA', P.create_model, 'ViT-H-14-CILPA'); refused('did you mean', P.get_model_config, 'ViT-B-61')
+    refused('the path of a file', P.create_model, 'ViT-B-16', 'openia'); refused('did you mean datacomp1b', P.create_model, 'ViT-H-14-CLIPA', 'datacomp')
+    refused('unknown precision', P.create_model, 'ViT-B-16', precision='fp8')
+    refused('unknown preprocessing', P.create_model, 'ViT-B-16', force_preprocess_cfg='imagenet21k')
+    refused('not divisible', P.create_model, 'ViT-B-16', force_image_size=100)
+    assert P._named('ViT-B/32-quickgelu') == model_config('ViT-B-32-quickgelu')
+
+@pytest.mark.filterwarnings('default')
+def test_a_tag_beside_a_directory_is_said_to_be_ignored(saved):
+    with pytest.warns(UserWarning, match="pretrained='laion2b' is ignored"): P.create_model(f'local-dir:{saved}', 'laion2b')
+
+def test_state_that_is_no_state(tmp_path):
+    for i, (what, match) in enumerate((([torch.ones(1)], "holds 'list'"), ({'a': torch.ones(1), 'b': 3}, "holds 'b'"), (torch.ones(2), "holds 'Tensor'"))):
+        torch.save(what, tmp_path / f'{i}.bin'); refused(match, P.read_state, tmp_path / f'{i}.bin')
+
+class Hub:
+    "A stand-in for huggingface_hub: an error to raise, and what is in the cache."
+    def __init__(self, error=None, files=(), copy=None): self.error, self.files, self.copy = error, files, copy
+    def list_repo_files(self, where):
+        if self.error: raise self.error
+        return list(self.files)
+    def snapshot_download(self, where, cache_dir=None, allow_patterns=None, local_files_only=False):
+        if local_files_only and not self.copy: raise FileNotFoundError('nothing cached')
+        return str(self.copy)
+    def scan_cache_dir(self, cache_dir=None): return types.SimpleNamespace(repos=[types.SimpleNamespace(repo_id='org/old'), types.SimpleNamespace(repo_id='a/b')])
+
+def test_hub_says_what_went_wrong_and_what_is_cached(monkeypatch, saved):
+    class RepositoryNotFoundError(Exception): pass
+    gone = OSError('x'); gone.response = types.SimpleNamespace(status_code=404)
+    for error, match in ((RepositoryNotFoundError('404'), 'does not exist on the Hub'), (gone, 'does not exist on the Hub'), (ConnectionError('no route'), r'cannot be reached \(ConnectionError\)')):
+        monkeypatch.setattr(P, 'need', lambda *a, error=error: Hub(error))
+        refused(match + r'.*cached: a/b, org/old', P.create_model, 'hf-hub:org/new')
+    monkeypatch.setattr(P, 'need', lambda *a: Hub(ConnectionError(), copy=saved))
+    assert P.create_model('hf-hub:org/old').cfg == SMALL
+    (saved / P.FILES[0]).unlink(); refused('holds a configuration but no weights', P.create_model, 'hf-hub:org/old')
+    monkeypatch.setattr(P, 'need', lambda *a: Hub(files=['config.json', 'model.safetensors']))
+    refused('not a model in open_clip layout', P.create_model, 'hf-hub:org/transformers')
+
+def test_real_hub_library_without_network(monkeypatch, tmp_path):
+    constants = pytest.importorskip('huggingface_hub.constants', reason='the extra [hub] is not installed')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    refused('is not cached', P.create_model, 'hf-hub:nobody/nothing', cache_dir=tmp_path)
+
+# ---- out
+
+def test_saving_is_exact_whole_and_replaces_only_models(tmp_path):
+    model = small(image_strategy='random', image_ratio=0.5, checkpointing='full')
+    out = P.save_pretrained(model, tmp_path / 'out', recipe={'name': 'r', 'steps': 5}, metrics={'top1': 0.123456})
+    card = (out / 'README.md').read_text()
+    assert '| top1 | 0.1235 |' in card and '"steps": 5' in card and card.startswith('---\nlibrary_name: open_clip')
+    loaded = P.create_model(f'local-dir:{out}')
+    assert loaded.cfg == SMALL and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    P.save_pretrained(loaded, out) # over the very file it is mapped from
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), P.create_model(f'local-dir:{out}').state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    (tmp_path / 'mine').mkdir(); (tmp_path / 'mine' / 'thesis.tex').write_text('x')
+    refused('holds no model', P.save_pretrained, model, tmp_path / 'mine')
+    class Broken:
+        def save(self, d): raise OSError('disk full')
+    before = (out / P.FILES[0]).read_bytes()
+    with pytest.raises(OSError): P.save_pretrained(small(1), out, tokenizer=Broken())
+    assert (out / P.FILES[0]).read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ['mine', 'out']
+
+def test_wrapped_models_are_unwrapped(tmp_path):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, m): super().__init__(); self.module = m
+    P.save_pretrained(Wrapped(small()), tmp_path / 'out'); assert P.create_model(f'local-dir:{tmp_path}/out').cfg == SMALL
+    other = small(); other.visual.head = torch.nn.Linear(64, 5, bias=False)
+    refused(r'not what its configuration describes \(of another shape: visual.head.weight \(5, 64\) for \(32, 64\)\)', P.save_pretrained, other, tmp_path / 'y')
+    refused('expected a CLIP model', P.save_pretrained, torch.nn.Linear(1, 1), tmp_path / 'x')
+
+def test_loaded_models_train(saved):
+    "Mapped weights are private: training changes neither the file nor another model."
+    before = (saved / P.FILES[0]).read_bytes()
+    a, b = P.create_model(f'local-dir:{saved}'), P.create_model(f'local-dir:{saved}')
+    zi, zt, scale = a(torch.randn(2, 3, 56, 56), torch.randint(1, 300, (2, 8)))
+    (scale * (zi * zt).sum()).backward()
+    assert all(p.grad is not None for p in a.parameters())
+    torch.optim.SGD(a.parameters(), 0.1).step()
+    assert (saved / P.FILES[0]).read_bytes() == before and not torch.equal(a.text.embed.weight, b.text.embed.weight)
+    assert torch.equal(b.text.embed.weight, small().text.embed.weight)
+
+def test_push_to_hub(monkeypatch, saved):
+    sent = {}
+    def upload(repo_id, folder_path, **kw): sent.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()}, kw=kw); return f'https://hub/{repo_id}'
+    hub = types.SimpleNamespace(create_repo=lambda *a, **kw: sent.update(made=kw), upload_folder=upload)
+    monkeypatch.setattr(P, 'need', lambda *a: hub)
+    train_wordpiece(['a red star'], 60, 8).save(saved)
+    assert P.push_to_hub(saved, 'me/it', private=True, metrics={'top1': 0.5}, license='mit').endswith('me/it')
+    words = json.loads(sent['open_clip_config.json'])
+    assert words['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'me/it' and sent['made']['private'] and P.from_open_clip_config(words) == SMALL
+    assert b'license: mit' in sent['README.md'] and b"'hf-hub:me/it'" in sent['README.md'] and b'| top1 | 0.5 |' in sent['README.md']
+    assert json.loads((saved / 'open_clip_config.json').read_text())['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'bert-base-uncased' # the directory stays as it was
+    P.push_to_hub(small(), 'me/two'); assert sent[P.FILES[0]]
+    hub.create_repo = lambda *a, **kw: (_ for _ in ()).throw(PermissionError('401 Unauthorized\nmore'))
+    refused('me/it was not uploaded: PermissionError: 401 Unauthorized; log in', P.push_to_hub, saved, 'me/it')
+
+def test_registry(tmp_path):
+    (tmp_path / 'ViT-Mine.json').write_text(json.dumps(dict(embed_dim=32, vision_cfg=dict(width=64, layers=2, image_size=64), text_cfg=dict(width=64, heads=2, layers=2))))
+    try:
+        P.add_model_config(tmp_path)
+        assert 'ViT-Mine' in P.list_models() and P.get_model_config('ViT-Mine')['vision_cfg']['layers'] == 2
+        assert P.create_model('ViT-Mine').text.positions.shape == (77, 64)
+        (tmp_path / 'A-bad.json').write_text('{}'); refused('A-bad.json: .*no model_cfg', P.add_model_config, tmp_path)
+    finally: P.ADDED.pop('ViT-Mine', None)
+    (tmp_path / 'none').mkdir(); refused('holds no .json', P.add_model_config, tmp_path / 'none')
+
+def test_options_of_the_model(saved):
+    name = f'local-dir:{saved}'
+    x, ids = torch.randn(2, 3, 56, 56), torch.randint(1, 300, (2, 8))
+    assert set(P.create_model(name, output_dict=True)(x, ids)) == {'image_features', 'text_features', 'logit_scale'}
+    assert P.create_model(name, force_quick_gelu=True).cfg.act == 'quick_gelu'
+    dropping = P.create_model(name, force_patch_dropout=0.5)
+    assert dropping.training and dropping.visual(x)[1]['ids'].shape == (2, 8) and dropping.eval().visual(x)[1]['ids'].shape == (2, 16)
+    assert P.create_model(f'local-dir:{edit(saved, lambda d: (d.pop("clipa_nb"), d["model_cfg"]["vision_cfg"].update(patch_dropout=0.25)))}').cfg.image_ratio == 0.25
+    half = P.create_model(name, precision='bf16').eval()
+    assert half.encode_image(x).dtype == torch.bfloat16 and (half.encode_image(x, normalize=True) - small().encode_image(x, normalize=True)).abs().max() < 0.05
+
+def test_tokenizers_belong(saved, tmp_path):
+    train_wordpiece(['a red star'] * 3, 60, 8).save(saved)
+    assert P.get_tokenizer(f'local-dir:{saved}', 5)(['a red star']).shape == (1, 5)
+    edit(saved, lambda d: (d.pop('clipa_nb'), d['model_cfg']['text_cfg'].update(vocab_size=10)))
+    refused('10', P.get_tokenizer, f'local-dir:{saved}')
+    edit(saved, lambda d: d['model_cfg']['text_cfg'].update(tokenizer_mode='clips'))
+    refused("tokenizer_mode='clips'", P.get_tokenizer, f'local-dir:{saved}')
