@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FILTERS', 'add_member', 'jpeg', 'add_sample', 'write_shard', 'write_shards', 'parse_header', 'long_name',
-           'members', 'index_shard', 'whole_samples', 'expand', 'Source', 'parse_meta', 'Shards', 'Folder', 'Csv',
-           'HubSet', 'open_pairs', 'Filter', 'apply_filters', 'Subset', 'filtered', 'order', 'positions', 'Endless',
-           'Transform', 'inception_box', 'crop_box', 'draft_box', 'decode', 'eval_image', 'colour_maps',
-           'jitter_colours', 'cause', 'read_row', 'Skips', 'Batches', 'loader']
+           'members', 'index_shard', 'whole_samples', 'expand', 'Source', 'parse_meta', 'Shards', 'Folder',
+           'ClassFolders', 'Csv', 'HubSet', 'open_pairs', 'Filter', 'apply_filters', 'Subset', 'filtered', 'order',
+           'positions', 'Endless', 'Transform', 'inception_box', 'crop_box', 'draft_box', 'decode', 'eval_image',
+           'colour_maps', 'jitter_colours', 'cause', 'read_row', 'Skips', 'Batches', 'loader']
 
 # %% ../nbs/11_data.ipynb #c002
 import csv, glob, io, itertools, json, math, mmap, os, re, sys, tarfile, warnings
@@ -195,7 +195,8 @@ def expand(
 
 # %% ../nbs/11_data.ipynb #c058
 class Source:
-    "What every reader offers: `len`, `read(i)` and, for messages, `where(i)`; a subclass sets `n`."
+    "What every reader offers: `len`, `read(i)` and, for messages, `where(i)`; a subclass sets `n`, and `names` where it knows its classes."
+    names = None
     def __len__(self) -> int: return self.n
     def where(self, i: int) -> tuple: return type(self).__name__, str(i)
 
@@ -263,13 +264,28 @@ class Folder(Source):
                 'json': parse_meta(meta.read_bytes()) if meta.exists() else {}, 'key': p.stem}
 
 # %% ../nbs/11_data.ipynb #c076
+class ClassFolders(Source):
+    "A directory with a directory of images for each class."
+    def __init__(self, where):
+        self.root = Path(where)
+        images = [p for p in sorted(self.root.glob('*/**/*')) if KINDS.get(p.suffix[1:].lower().encode()) == 0]
+        self.names = sorted({p.relative_to(self.root).parts[0] for p in images})
+        self.rows, self.n = [(p, self.names.index(p.relative_to(self.root).parts[0])) for p in images], len(images)
+        if not self.n: raise UserError(f'{where} holds no folder with images in it')
+
+    def where(self, i): return str(self.root), str(self.rows[i][0].relative_to(self.root))
+    def read(self, i):
+        path, label = self.rows[i]
+        return {'image': path.read_bytes(), 'text': self.names[label], 'json': {'label': label}, 'key': path.stem}
+
+# %% ../nbs/11_data.ipynb #c079
 def _table(path):
     "The rows of a tab- or comma-separated file, as dictionaries."
     with open(path, newline='') as f:
         tabs = '\t' in f.readline(); f.seek(0)
         return list(csv.DictReader(f, delimiter='\t' if tabs else ','))
 
-# %% ../nbs/11_data.ipynb #c079
+# %% ../nbs/11_data.ipynb #c082
 class Csv(Source):
     "A table of image paths (seen from the table's directory) and captions; tab- or comma-separated."
     def __init__(self, where, image='filepath', text='title'):
@@ -287,7 +303,7 @@ class Csv(Source):
         meta = {k: int(v) if str(v).isdigit() else v for k, v in row.items() if k not in (self.image, self.text)}
         return {'image': (self.path.parent / row[self.image]).read_bytes(), 'text': row[self.text], 'json': meta, 'key': str(i)}
 
-# %% ../nbs/11_data.ipynb #c082
+# %% ../nbs/11_data.ipynb #c085
 class HubSet(Source):
     "A Hub data set, by name or already loaded, with an image column and a caption column."
     def __init__(self, data, split='train', image='image', text='text'):
@@ -302,25 +318,27 @@ class HubSet(Source):
         meta = {k: v for k, v in row.items() if k not in (self.image, self.text)}
         return {'image': image['bytes'] or Path(image['path']).read_bytes(), 'text': row[self.text], 'json': meta, 'key': str(i)}
 
-# %% ../nbs/11_data.ipynb #c085
+# %% ../nbs/11_data.ipynb #c088
 def open_pairs(
-    where, # a table (.csv, .tsv), a directory of images with captions, 'hub:name', or what `expand` takes
+    where, # a table (.csv, .tsv), a directory of images with captions or of class folders, 'hub:name', or what `expand` takes
 ) -> Source: # raises `UserError` where nothing is found
     "Choose the reader by looking."
     name, path = str(where), Path(str(where))
     if name.startswith('hub:'): return HubSet(name[4:])
     if name.endswith(('.csv', '.tsv')): return Csv(where)
-    if path.is_dir() and not any(path.rglob('*.tar')) and any(path.rglob('*.txt')): return Folder(where)
+    if path.is_dir() and not any(path.rglob('*.tar')):
+        if any(path.rglob('*.txt')): return Folder(where)
+        if any(KINDS.get(p.suffix[1:].lower().encode()) == 0 for p in path.glob('*/**/*')): return ClassFolders(where)
     return Shards(where)
 
-# %% ../nbs/11_data.ipynb #c088
+# %% ../nbs/11_data.ipynb #c091
 @dataclass(frozen=True)
 class Filter:
     "A named rule: keep the rows for which `predicate(row)` holds."
     name: str
     predicate: object # row -> bool
 
-# %% ../nbs/11_data.ipynb #c091
+# %% ../nbs/11_data.ipynb #c094
 def apply_filters(
     rows, # iterable of dicts
     filters, # `Filter`s, asked in this order
@@ -333,14 +351,14 @@ def apply_filters(
         else: counts[refused] += 1
     return survivors, counts
 
-# %% ../nbs/11_data.ipynb #c094
+# %% ../nbs/11_data.ipynb #c097
 class Subset(Source):
     "Some samples of another source, by index."
     def __init__(self, source, ids): self.source, self.ids, self.n = source, np.asarray(ids, dtype=np.int64), len(ids)
     def read(self, i): return self.source.read(self.ids[i])
     def where(self, i): return self.source.where(self.ids[i])
 
-# %% ../nbs/11_data.ipynb #c097
+# %% ../nbs/11_data.ipynb #c100
 def filtered(
     source: Source, # read once, from first to last
     filters, # `Filter`s over its rows: image, text, json, key
@@ -350,7 +368,7 @@ def filtered(
     ids, counts = apply_filters(range(len(source)), rules)
     return Subset(source, ids), counts
 
-# %% ../nbs/11_data.ipynb #c100
+# %% ../nbs/11_data.ipynb #c103
 def order(
     n: int,    # samples in the data set
     seed: int, # the run's
@@ -359,7 +377,7 @@ def order(
     "The order of one epoch: the indices, sorted by their hash."
     return np.argsort(hash_bits(seed_of(seed, 'order', epoch), np.arange(n)), kind='stable')
 
-# %% ../nbs/11_data.ipynb #c105
+# %% ../nbs/11_data.ipynb #c108
 def positions(
     step: int, # which global batch
     batch_size: int, # B, samples in it
@@ -371,7 +389,7 @@ def positions(
     b = batch_size // size
     return step * batch_size + rank * b + np.arange(b)
 
-# %% ../nbs/11_data.ipynb #c108
+# %% ../nbs/11_data.ipynb #c111
 class Endless:
     "Sample indices for ever: `sequence[position]`, epoch after epoch, each in its own order."
     def __init__(self, n: int, seed: int): self.n, self.seed, self.orders = n, seed, {}
@@ -382,7 +400,7 @@ class Endless:
             self.orders[epoch] = order(self.n, self.seed, epoch)
         return int(self.orders[epoch][place])
 
-# %% ../nbs/11_data.ipynb #c111
+# %% ../nbs/11_data.ipynb #c114
 FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC, 'box': Image.Resampling.BOX}
 
 @dataclass(frozen=True)
@@ -404,7 +422,7 @@ class Transform(Config):
         if not 0 < self.scale[0] <= self.scale[1] <= 1: raise UserError(f'crop scale {self.scale}: give two shares of the area, 0 < low ≤ high ≤ 1')
         if self.size < 1: raise UserError(f'image size {self.size}: give a positive number of pixels')
 
-# %% ../nbs/11_data.ipynb #c114
+# %% ../nbs/11_data.ipynb #c117
 def inception_box(
     width: int, height: int, # of the image, pixels
     t: Transform, # scale and ratio
@@ -419,7 +437,7 @@ def inception_box(
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if w <= width and h <= height: return (x := u[20] * (width - w)), (y := u[21] * (height - h)), x + w, y + h
 
-# %% ../nbs/11_data.ipynb #c117
+# %% ../nbs/11_data.ipynb #c120
 def crop_box(
     width: int, height: int, # of the image, pixels
     t: Transform, # mode, scale, ratio
@@ -433,7 +451,7 @@ def crop_box(
     w, h = min(width, height * wide), min(height, width * tall)
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
-# %% ../nbs/11_data.ipynb #c122
+# %% ../nbs/11_data.ipynb #c125
 def draft_box(
     image: Image.Image, # not yet decoded; told at which scale to be
     box: tuple, # the part wanted, in pixels of the whole file
@@ -445,7 +463,7 @@ def draft_box(
     drafted = t.draft and image.draft('RGB', (math.ceil(width * x), math.ceil(height * y)))
     return tuple(side * drafted[1][2] / width for side in box) if drafted else box
 
-# %% ../nbs/11_data.ipynb #c125
+# %% ../nbs/11_data.ipynb #c128
 def decode(
     data, # bytes of an image file, or a PIL image
     t: Transform, # what is wanted
@@ -458,7 +476,7 @@ def decode(
     if image.size != (S, S) or box != (0, 0, S, S): image = image.resize((S, S), FILTERS[t.interpolation], box=box)
     return np.asarray(image)
 
-# %% ../nbs/11_data.ipynb #c130
+# %% ../nbs/11_data.ipynb #c133
 def eval_image(
     data, # bytes of an image file, or a PIL image
     t: Transform, # mode 'squash' or 'shortest'; 'crop' takes its centred box
@@ -466,11 +484,11 @@ def eval_image(
     "The deterministic preprocessing of evaluation."
     return torch.from_numpy(decode(data, t).copy()).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/11_data.ipynb #c133
+# %% ../nbs/11_data.ipynb #c136
 _GREY = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_GREY, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
-# %% ../nbs/11_data.ipynb #c136
+# %% ../nbs/11_data.ipynb #c139
 def _turns(angle_b, length_b):
     "[b,3,3]: leave the grey axis alone, turn the colour plane and stretch it."
     turn_b33 = np.zeros((len(angle_b), 3, 3)); turn_b33[:, 0, 0] = 1
@@ -478,7 +496,7 @@ def _turns(angle_b, length_b):
     turn_b33[:, 2, 1] = length_b * np.sin(angle_b); turn_b33[:, 1, 2] = -turn_b33[:, 2, 1]
     return turn_b33
 
-# %% ../nbs/11_data.ipynb #c139
+# %% ../nbs/11_data.ipynb #c142
 def colour_maps(
     u_b6: np.ndarray, # uniform numbers: jittered?, brightness, contrast, saturation, hue, grey?
     t: Transform, # jitter, strength, gray
@@ -490,7 +508,7 @@ def colour_maps(
     saturation = np.where(u_b6[:, 5] < t.gray, 0., saturation)
     return np.linalg.inv(_YIQ) @ _turns(angle, saturation) @ _YIQ * (bright * contrast)[:, None, None], (1 - contrast) * bright
 
-# %% ../nbs/11_data.ipynb #c142
+# %% ../nbs/11_data.ipynb #c145
 def jitter_colours(
     image_bCHW: torch.Tensor, # uint8
     u_b6: np.ndarray, # uniform numbers, see `colour_maps`
@@ -502,7 +520,7 @@ def jitter_colours(
     grey_b = x_bCN.mean(2) @ torch.from_numpy(_GREY).float()
     return torch.baddbmm((c * grey_b)[:, None, None], A, x_bCN).round_().clamp_(0, 255).to(torch.uint8).view_as(image_bCHW)
 
-# %% ../nbs/11_data.ipynb #c147
+# %% ../nbs/11_data.ipynb #c150
 def cause(
     error: Exception, # what reading or decoding one sample raised
 ) -> str: # short, the same for the same kind of damage
@@ -513,12 +531,12 @@ def cause(
     if isinstance(error, KeyError): return f'json lacks {error}'
     return re.sub(r'\s*[\d(<].*', '', str(error)) or type(error).__name__
 
-# %% ../nbs/11_data.ipynb #c150
+# %% ../nbs/11_data.ipynb #c153
 def _one_caption(text, u: float) -> str:
     "The caption, or one of several, by a uniform number."
     return text if isinstance(text, str) else text[int(u * len(text))]
 
-# %% ../nbs/11_data.ipynb #c153
+# %% ../nbs/11_data.ipynb #c156
 def read_row(
     source: Source, # where samples are
     sequence: Endless, # which comes when
@@ -537,7 +555,7 @@ def read_row(
         except Exception as e: skipped.append((source.where(i)[0], cause(e)))
     raise UserError(f'{len(skipped)} samples in a row cannot be read, the last one in {skipped[-1][0]} ({skipped[-1][1]}): check the data')
 
-# %% ../nbs/11_data.ipynb #c156
+# %% ../nbs/11_data.ipynb #c159
 class Skips:
     "Counts of skipped samples by (container, cause); raises `UserError` where a window has too many."
     def __init__(self, limit=0.1, window=1000): self.limit, self.window, self.counts, self.seen, self.bad = limit, window, Counter(), 0, 0
@@ -548,7 +566,7 @@ class Skips:
             raise UserError(f'{self.bad} of the last {self.seen + self.bad} samples cannot be read, most of them in {where} ({why}, {n} times): check the data')
         if self.seen >= self.window: self.seen = self.bad = 0
 
-# %% ../nbs/11_data.ipynb #c159
+# %% ../nbs/11_data.ipynb #c162
 def _extras(source: Source) -> list:
     "Which of `key` and `label` the first readable sample has as integers."
     for i in range(min(64, len(source))):
@@ -557,7 +575,7 @@ def _extras(source: Source) -> list:
         return [k for k in ('key', 'label') if isinstance(meta.get(k), int)]
     return []
 
-# %% ../nbs/11_data.ipynb #c162
+# %% ../nbs/11_data.ipynb #c165
 class Batches(torch.utils.data.Dataset):
     "`batches[step]` is this rank's part of global batch `step`, a function of the seed and the step."
     def __init__(self,
@@ -582,7 +600,7 @@ class Batches(torch.utils.data.Dataset):
         self.skipped.add(skipped, self.b)
         return batch
 
-# %% ../nbs/11_data.ipynb #c165
+# %% ../nbs/11_data.ipynb #c168
 _DRAWS = np.arange(29) # 22 for the crop, one for the caption, six for the colours
 
 def _make(self, step: int) -> tuple:
@@ -601,16 +619,16 @@ def _make(self, step: int) -> tuple:
 
 Batches.make = _make
 
-# %% ../nbs/11_data.ipynb #c170
+# %% ../nbs/11_data.ipynb #c173
 def _start_worker(_):
     "One thread each, for torch and for the tokenizer."
     torch.set_num_threads(1)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
-# %% ../nbs/11_data.ipynb #c173
+# %% ../nbs/11_data.ipynb #c176
 def _same(x): return x
 
-# %% ../nbs/11_data.ipynb #c176
+# %% ../nbs/11_data.ipynb #c179
 class _Steps(torch.utils.data.Dataset):
     "Hands a `UserError` over as a value, so that it leaves a worker as one line."
     def __init__(self, batches): self.batches = batches
@@ -618,14 +636,14 @@ class _Steps(torch.utils.data.Dataset):
         try: return self.batches.make(step)
         except UserError as e: return e, []
 
-# %% ../nbs/11_data.ipynb #c179
+# %% ../nbs/11_data.ipynb #c182
 def _stream(data, steps, workers, prefetch, timeout, pin):
     "The items of `data` at `steps`, prepared ahead by worker processes."
     fork = 'fork' if sys.platform == 'linux' else None
     return torch.utils.data.DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch, collate_fn=_same,
                                        pin_memory=pin, worker_init_fn=_start_worker, timeout=timeout, multiprocessing_context=fork)
 
-# %% ../nbs/11_data.ipynb #c182
+# %% ../nbs/11_data.ipynb #c185
 def loader(
     batches: Batches, # what is made
     start: int, # first step

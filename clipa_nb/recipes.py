@@ -21,7 +21,7 @@ from .probes import retrieval
 from .text_truncation import lexicon_tagger, rule_tagger, text_strategy
 from .token_dropping import n_keep
 from .trainer import TrainConfig
-from .zero_shot import batched, predict, text_head, zero_shot
+from .zero_shot import batched, text_head, zero_shot
 
 # %% ../nbs/17_recipes.ipynb #c005
 @dataclass(frozen=True)
@@ -213,10 +213,12 @@ def toy_tagger():
 def stage_text(
     recipe: Recipe, # whose data decides the tagger
     i: int, # which stage
+    tokenizer=None, # of the run: version 2 asks for its pieces
 ): # a text strategy
     "Which words of a caption stay."
-    tagger = toy_tagger() if recipe.data.kind == 'toy' else rule_tagger
-    return text_strategy(recipe.stages[i].text_strategy, tagger)
+    name, pieces = recipe.stages[i].text_strategy, getattr(tokenizer, 'pieces', None) if recipe.tokenizer == 'bert-base-uncased' else None
+    if recipe.data.kind == 'toy': return text_strategy(name, toy_tagger())
+    return text_strategy(name, rule_tagger, vocabulary=pieces, official=pieces is not None)
 
 # %% ../nbs/17_recipes.ipynb #c050
 def toy_world(

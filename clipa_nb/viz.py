@@ -374,7 +374,8 @@ def _history_on(ax, rows, keys, title=''):
             ax.plot(*at.T, marker=marker[k], color=SERIES[i % len(SERIES)], label=k if s == 0 else None)
         if s: ax.axvline(part[0][x], color=PALETTE['faint'], ls='--', lw=1)
         label = '' if name is None else f'stage {name}' if isinstance(name, int) else str(name)
-        ax.text((part[0][x] + part[-1][x]) / 2, 1.0, label, transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7, color=PALETTE['faint'])
+        drawn = [r[x] for r in part if any(r.get(k) is not None for k in keys)]
+        if drawn: ax.text((drawn[0] + drawn[-1]) / 2, 1.0, label, transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7, color=PALETTE['faint'])
     ax.set(xlabel=x); ax.set_title(title, pad=14 if title else 4); ax.grid(True); ax.legend(frameon=True, framealpha=0.75, edgecolor='none')
 
 # %% ../nbs/02_viz.ipynb #c091
@@ -420,8 +421,8 @@ def _example_title(e):
     return wrap(e['best']) if e['right'] else f"{wrap(e['best'])}\n({wrap(e['true'])})"
 
 def _examples_on(fig, cell, examples, cols=8):
-    "The first 16 examples in two rows inside one cell of a grid."
-    grid = cell.subgridspec(2, cols)
+    "The first 16 examples in two rows inside one cell of a grid; fewer are spread out, which leaves their captions more room."
+    cols = min(cols, max(1, -(-len(examples) // 2))); grid = cell.subgridspec(2, cols)
     for i, e in enumerate(examples[:2 * cols]): _image_on(fig.add_subplot(grid[i // cols, i % cols]), e['image'], _example_title(e), bool(e['right']))
 
 # %% ../nbs/02_viz.ipynb #c106
@@ -431,7 +432,7 @@ def report_picture(
     path=None, # where to write the PNG; None writes nothing
 ) -> Figure: # a part that is missing is said to be missing
     "The picture beside a report."
-    fig = Drawing(figsize=(11, 9.2), dpi=100, layout='constrained', facecolor='white'); grid = fig.add_gridspec(3, 2, height_ratios=(1, 0.75, 1.2))
+    fig = Drawing(figsize=(11, 11), dpi=100, layout='constrained', facecolor='white'); grid = fig.add_gridspec(3, 2, height_ratios=(1, 0.7, 1.5))
     runs = {'this run': _percent(report.get('metrics')), 'full length': _percent(report.get('compare'))}; runs = {k: v for k, v in runs.items() if v}
     marks = {k: _percent(report.get(key)) for k, key in (('floor', 'floors'), ('chance', 'chance')) if report.get(key)}
     shifts = {'': _percent(report.get('shifts'))}

@@ -34,6 +34,59 @@ def test_eval_prints_the_same_numbers(clipa, finished, tmp_path):
     clipa('eval', finished / 'model', '--device', 'cpu', '--out', tmp_path / 'eval.json')
     assert json.loads((tmp_path / 'eval.json').read_text())['metrics'] == report(finished)['metrics']
 
+def numbers(path): return json.loads(Path(path).read_text())['metrics']
+
+def test_each_suite_asks_the_toy_world(clipa, finished, tmp_path):
+    "Zero-shot, retrieval and robustness say what the run's report says; the probes learn from other pictures than they are asked about."
+    from clipa_nb.cli import main
+    for suite in ('zero-shot', 'retrieval', 'robustness', 'probes'):
+        shots = ['--shots', '1'] if suite == 'probes' else []
+        assert main(['eval', str(finished / 'model'), '--suite', suite, '--device', 'cpu', '--out', str(tmp_path / f'{suite}.json'), *shots]) == 0
+    told = report(finished)['metrics']
+    for suite in ('zero-shot', 'retrieval'):
+        common = set(numbers(tmp_path / f'{suite}.json')) & set(told)
+        assert common and {k: numbers(tmp_path / f'{suite}.json')[k] for k in common} == {k: told[k] for k in common}
+    moved = numbers(tmp_path / 'robustness.json')
+    assert moved['val/invert_top1'] == told['val/shift-invert-zeroshot-val-top1'] and moved['val/drop'] == pytest.approx(moved['val/clean_top1'] - moved['val/average_top1'])
+    assert set(numbers(tmp_path / 'probes.json')) == {f'val/{k}-{m}' for k in ('shape', 'digits') for m in ('linear-probe-top1', '1-shot_top1')}
+
+@pytest.fixture(scope='session')
+def own(finished, tmp_path_factory):
+    "Own test data: a folder of class folders with red and blue squares, and its captioned twin."
+    from PIL import Image
+    root = tmp_path_factory.mktemp('own')
+    for label, (name, colour) in enumerate((('a blue thing', (20, 20, 220)), ('a red thing', (220, 20, 20)))):
+        for i in range(4):
+            picture = Image.new('RGB', (40, 40), tuple(c + 9 * i for c in colour))
+            for where, stem in ((root / 'classes' / name, str(i)), (root / 'pairs', f'{label}{i}')):
+                where.mkdir(parents=True, exist_ok=True); picture.save(where / f'{stem}.png')
+            (root / 'pairs' / f'{label}{i}.txt').write_text(name); (root / 'pairs' / f'{label}{i}.json').write_text(json.dumps(dict(label=label)))
+    (root / 'names.txt').write_text('a blue thing\na red thing\n'); (root / 'prompts.txt').write_text('{}\na photo of {}\n')
+    return root
+
+def test_eval_on_own_data(finished, own, tmp_path):
+    from clipa_nb.cli import Questions, eval_model
+    ask = lambda **kw: eval_model(str(finished / 'model'), Questions(device='cpu', **kw))['metrics']
+    where = lambda name: str(own / name)
+    folders = ask(suite='zero-shot', val_data=(where('classes'),))
+    assert folders == {k.replace('pairs', 'classes'): v for k, v in ask(suite='zero-shot', val_data=(where('pairs'),), classes=where('names.txt'), batch_size=3).items()}
+    assert set(folders) == {'val/classes-zeroshot-val-top1', 'val/classes-zeroshot-val-mean_per_class'} # two classes have no top-5
+    probes = ask(suite='probes', val_data=(where('classes'),), train_data=where('pairs'), shots=(1, 4))
+    assert probes['val/classes-linear-probe-top1'] == 1 # red and blue: any features will do
+    both = ask(suite='robustness', val_data=(f'first={where("classes")}', f'second={where("pairs")}'), classes=where('names.txt'), templates=where('prompts.txt'))
+    assert both['val/second_top1'] == both['val/clean_top1'] and both['val/drop'] == 0
+    assert set(ask(suite='retrieval', val_data=(where('pairs'),))) == {f'val/{a}_to_{b}_R@{k}' for a, b in (('image', 'text'), ('text', 'image')) for k in (1, 5)}
+
+def test_eval_refuses(clipa, finished, own, tmp_path):
+    bad(clipa, 'eval', finished / 'model', '--suite', 'retreival', says='did you mean retrieval')
+    bad(clipa, 'eval', finished / 'model', '--suite', 'retrieval', '--classes', own / 'names.txt', '--val-data', own / 'pairs', says='--classes has no meaning for --suite retrieval')
+    from clipa_nb.cli import Questions, eval_model
+    from clipa_nb.core import UserError
+    (tmp_path / 'one.txt').write_text('a blue thing\n'); (tmp_path / 'bad.txt').write_text('no place for a name\n')
+    for more, says in ((dict(val_data=(str(own / 'pairs'),)), 'needs --classes'), (dict(val_data=(str(tmp_path / 'none'),)), 'none'), (dict(val_data=(str(own / 'pairs'),), classes=str(tmp_path / 'one.txt')), 'head has 1 classes'),
+                       (dict(val_data=(str(own / 'classes'),), templates=str(tmp_path / 'bad.txt')), 'no place for the class name')):
+        with pytest.raises(UserError, match=says): eval_model(str(finished / 'model'), Questions(suite='zero-shot', device='cpu', **more))
+
 def test_the_same_seed_gives_the_same_report(clipa, finished, tmp_path):
     clipa(*SMOKE, '--out', tmp_path / 'again')
     assert report(tmp_path / 'again')['metrics'] == report(finished)['metrics']
@@ -80,6 +133,11 @@ def bad(clipa, *args, says):
     assert 'Traceback' not in done.stderr
     assert len([l for l in done.stderr.splitlines() if l.startswith('clipa: ')]) == 1
     return done
+
+def test_a_mistake_as_a_process():
+    "What the other tests see of `main`, seen from outside: code 2, one line, nothing else."
+    done = start('train', 'tooy'); out, err = done.communicate(timeout=120)
+    assert done.returncode == 2 and out == '' and err.count('\n') == 1 and 'did you mean toy' in err
 
 def test_unknown_names(clipa):
     bad(clipa, 'train', 'tooy', says='did you mean toy')
@@ -141,6 +199,8 @@ def test_torchrun_gives_the_single_process_trace(finished, tmp_path):
         assert [r[key] for r in a] == pytest.approx([r[key] for r in b], rel=2e-4), key
     assert [r['step'] for r in rows(tmp_path / 'two')] == list(range(1, 17))
     assert report(tmp_path / 'two')['metrics']['val/colour-zeroshot-val-top1'] >= 0
+    done = torchrun(2, 'eval', tmp_path / 'two' / 'model', '--device', 'cpu', '--out', tmp_path / 'eval.json') # ranks share the pictures
+    assert done.returncode == 0 and numbers(tmp_path / 'eval.json') == report(tmp_path / 'two')['metrics'], done.stderr[-2000:]
 
 def one_step(comm, bypass=False):
     "Gradients of one step of the smoke recipe, on this rank's share of the batch."
@@ -195,8 +255,9 @@ def test_other_commands(clipa, finished, tmp_path):
     assert 'H100-hours' in clipa('cost', 'clipa-v2-h14').stdout
     clipa('data', 'make', tmp_path / 'shards', '--n', '40')
     assert '40 pairs, 0 that cannot' in clipa('data', 'check', tmp_path / 'shards').stdout
-    clipa('export', finished / 'model', tmp_path / 'exported')
+    assert 'note: exported: open_clip cannot load' in clipa('export', finished / 'model', tmp_path / 'exported').stderr
     assert (tmp_path / 'exported' / 'open_clip_config.json').exists()
+    bad(clipa, 'data', 'check', tmp_path / 'shards', '--n', '40', says='say what is made')
     assert 'bottleneck' in clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0').stdout
 
 @pytest.mark.parametrize('name', ['clipa-v2-h14', 'clipa-v1-b16-i50-t16', 'clipa-v1-l16-i37-t8'])

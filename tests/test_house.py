@@ -101,8 +101,18 @@ sys.exit(main(['demo', '--smoke']))
     assert done.returncode == 2 and "pip install 'clipa_nb[demo]'" in done.stderr, done.stderr
 
 def test_results_are_rows():
-    "Recorded rows say who made them; there are no others."
+    "Recorded rows say who made them: runs with recipe, seed, time and scores, measurements with the threads they had."
     for path in (ROOT / 'nbs/results').glob('*.jsonl'):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            assert {'git_sha', 'recipe', 'seed', 'hardware', 'torch', 'seconds', 'metrics'} <= set(row), (path.name, row)
+            more = {'recipe', 'seed', 'seconds', 'metrics'} if 'recipe' in row else {'threads'}
+            assert {'git_sha', 'hardware', 'torch'} | more <= set(row), (path.name, row)
+
+def test_chapter_03_plans_the_demo():
+    "The toy that chapter 03 plans before recipes exist is stage 1 of the toy recipe."
+    from clipa_nb.cost import si
+    from clipa_nb.recipes import TOY, stage_plan
+    cells = json.loads((ROOT / 'nbs/03_cost.ipynb').read_text())['cells']
+    said = next(''.join(t for o in c['outputs'] for t in o.get('text', [])) for c in cells if 'small = plan(toy' in ''.join(c['source']))
+    told, plan = {row.split()[0]: ' '.join(row.split()[1:]) for row in said.splitlines()}, stage_plan(TOY, 0)
+    for key in ('image_tokens', 'text_tokens', 'batch', 'steps', 'samples', 'flops_per_sample', 'flops'): assert told[key].startswith(si(plan[key], 'FLOP' if 'flops' in key else '')), key
