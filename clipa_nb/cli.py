@@ -8,8 +8,8 @@ __all__ = ['LINES', 'Flags', 'USES', 'COMMANDS', 'Options', 'n_workers', 'effect
            'begin_stage', 'Stopwatch', 'train_stage', 'train_stages', 'stage_rows', 'toy_tests', 'evaluate',
            'headlines', 'shift_scores', 'report_table', 'draw_report', 'finish', 'run_effective', 'run', 'full_length',
            'equal_steps', 'compare_run', 'demo', 'train', 'recipes', 'cost', 'Questions', 'checked', 'Pictures',
-           'toy_parts', 'lines_of', 'own_parts', 'ask', 'world_of', 'answers', 'score_table', 'eval_model', 'data',
-           'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped', 'main']
+           'toy_parts', 'lines_of', 'own_parts', 'ask', 'model_at', 'world_of', 'answers', 'score_table', 'eval_model',
+           'data', 'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped', 'main']
 
 # %% ../nbs/19_cli.ipynb #c002
 import json, os, platform, shlex, signal, sys, time, warnings
@@ -23,7 +23,7 @@ from .data import Batches, Shards, Transform, cause, eval_image, loader, open_pa
 from .distributed_trainer import connect, disconnect, rank_device, same_gradients, watch
 from .infonce import Contrastive
 from .optimization import make_optimizer
-from .pretrained import create_model_and_transforms, get_tokenizer, save_pretrained, write_card
+from .pretrained import create_model_and_transforms, get_tokenizer, list_models, save_pretrained, write_card
 from .probes import few_shot, linear_probe, retrieval, robustness
 from .recipes import (RECIPES, Data, Recipe, Stage, best_captions, changes, digit_set, recipe as recipe_named, smoke as smoke_twin, stage_model,
                               stage_plan, stage_text, stage_transform, toy_questions, toy_samples, toy_sets, toy_suite, toy_world, train_config)
@@ -219,7 +219,7 @@ class Run:
         "The batches of a stage: each a function of the seed and the step."
         s = self.recipe.stages[i]
         return Batches(self.source, self.tokenizer, stage_transform(s, self.recipe.model), s.batch_size, seed_of(self.options.seed, 'stage', i),
-                       context_length=s.context_length, strategy=stage_text(self.recipe, i), rank=self.comm.rank, size=self.comm.size)
+                       context_length=s.context_length, strategy=stage_text(self.recipe, i, self.tokenizer), rank=self.comm.rank, size=self.comm.size)
 
     def model(self, i: int):
         "A fresh model at the stage's lengths; the same on every rank."
@@ -665,6 +665,16 @@ def ask(
     return out
 
 # %% ../nbs/19_cli.ipynb #c118
+def model_at(
+    model: str, # as a person gives it
+) -> str: # a name for `create_model_and_transforms`; raises `UserError` for a path that is not there
+    "Tell a folder from a name."
+    if Path(model).is_dir(): return f'local-dir:{model}'
+    if '/' in model and ':' not in model and model.replace('/', '-') not in list_models():
+        raise UserError(f'{model}: there is no such directory; give a folder that holds a model, a name such as ViT-B-16, or hf-hub:ORG/NAME')
+    return model
+
+# %% ../nbs/19_cli.ipynb #c121
 def world_of(
     folder: Path, # of a saved model, or the name of another one
 ) -> tuple: # (recipe, seed, was it a smoke run?)
@@ -680,8 +690,7 @@ def answers(
 ) -> dict: # what is written as JSON
     "Load a model and ask it."
     from clipa_nb.toyworld import TEMPLATES
-    folder, device = Path(model), rank_device(q.device)
-    name = f'local-dir:{folder}' if folder.is_dir() else model
+    name, folder, device = model_at(model), Path(model), rank_device(q.device)
     net, _, val = create_model_and_transforms(name, device=device)
     tokenizer, (recipe, seed, small) = get_tokenizer(name), world_of(folder)
     words = lambda texts: tokenizer(texts, net.cfg.context_length)
@@ -691,7 +700,7 @@ def answers(
     prompts = lines_of(q.templates, '--templates') if q.templates else ['a photo of a {}.'] if q.val_data else TEMPLATES
     return dict(out, data=list(q.val_data) or ['toy world'], metrics=ask(q.suite, net, tokenizer, parts, prompts, q.shots, comm))
 
-# %% ../nbs/19_cli.ipynb #c121
+# %% ../nbs/19_cli.ipynb #c124
 def score_table(
     report: dict, # from `answers`
 ) -> str: # lines of text
@@ -708,7 +717,7 @@ def eval_model(model: Positional[str], questions: OmitArgPrefixes[Questions] = Q
         if q.out: write_json(Path(q.out), report)
     return report
 
-# %% ../nbs/19_cli.ipynb #c124
+# %% ../nbs/19_cli.ipynb #c127
 def data(action: Positional[Literal['make', 'check', 'index']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
     "Make toy shards in a folder; read shards through and count what is wrong with them; or count their pairs into sizes.json."
     if action != 'make' and (n, world, seed) != (1000, 'demo', 0): raise UserError(f'--n, --world and --seed say what is made: clipa data {action} has no use for them')
@@ -728,7 +737,7 @@ def data(action: Positional[Literal['make', 'check', 'index']], path: Positional
     print(f"{len(source)} pairs, {sum(map(len, bad.values()))} that cannot be decoded")
     for cause, where in bad.items(): print(f"  {cause}: {len(where)}, first {', '.join(where[:3])}")
 
-# %% ../nbs/19_cli.ipynb #c127
+# %% ../nbs/19_cli.ipynb #c130
 def rate(
     f, # does the work
     n: float, # samples it moves
@@ -737,7 +746,7 @@ def rate(
     f(); start = time.perf_counter(); f()
     return n / max(time.perf_counter() - start, 1e-9)
 
-# %% ../nbs/19_cli.ipynb #c130
+# %% ../nbs/19_cli.ipynb #c133
 def measure(
     this: Run, # opened
     stage: Stage, # whose step is measured
@@ -752,7 +761,7 @@ def measure(
     if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), share)
     return out
 
-# %% ../nbs/19_cli.ipynb #c133
+# %% ../nbs/19_cli.ipynb #c136
 def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     "Measure reading, decoding, the loader, the step and the gather apart, and name the bottleneck."
     import tempfile
@@ -766,19 +775,19 @@ def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
         print(f"the bottleneck is: {min((k for k in rates if k != 'decode'), key=rates.get)}")
     return rates
 
-# %% ../nbs/19_cli.ipynb #c136
+# %% ../nbs/19_cli.ipynb #c139
 def export(model: Positional[str], out: Positional[str], debug: bool = False):
     "Write a model in the layout that open_clip and the Hub read."
-    name = f'local-dir:{model}' if Path(model).is_dir() else model
+    name = model_at(model)
     net, _, _ = create_model_and_transforms(name)
     save_pretrained(net, out, tokenizer=get_tokenizer(name)); print(f'written to {out}')
 
-# %% ../nbs/19_cli.ipynb #c139
+# %% ../nbs/19_cli.ipynb #c142
 def import_model(model: Positional[str], out: Positional[str], debug: bool = False):
     "Read an open_clip or Hugging Face model (`local-dir:PATH`, `hf-hub:ORG/NAME`) and write it in this package's layout."
     export(model if ':' in model else f'local-dir:{model}', out)
 
-# %% ../nbs/19_cli.ipynb #c142
+# %% ../nbs/19_cli.ipynb #c145
 COMMANDS = {'demo': demo, 'train': train, 'eval': eval_model, 'cost': cost, 'recipes': recipes, 'data': data, 'doctor': doctor, 'export': export, 'import': import_model}
 
 def stopped(e: Stopped, argv: list) -> int: # the exit code
@@ -787,7 +796,7 @@ def stopped(e: Stopped, argv: list) -> int: # the exit code
     if os.environ.get('RANK', '0') == '0': print(f'clipa: stopped by {e}; a checkpoint is kept. To go on: {again}', file=sys.stderr)
     return 130 if e.signum == signal.SIGINT else 75
 
-# %% ../nbs/19_cli.ipynb #c145
+# %% ../nbs/19_cli.ipynb #c148
 def main(
     argv: list = None, # arguments; None: those of the process
 ) -> int: # the exit code
@@ -809,5 +818,5 @@ def main(
     finally: disconnect()
     return 0
 
-# %% ../nbs/19_cli.ipynb #c148
+# %% ../nbs/19_cli.ipynb #c151
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -186,9 +186,9 @@ def _ready(image_bE, text_bE, key, comm, chunk, check, label_smoothing=0.):
     if not complaint and chunk == 'auto': chunk = auto_chunk(b, b * comm.size, image_bE.device.type)
     kind = torch.promote_types(image_bE.dtype, text_bE.dtype)
     keep = kind == torch.bfloat16 and widens(image_bE.device.type)
-    wide = torch.promote_types(kind, torch.float32)
+    wide, smoothed = torch.promote_types(kind, torch.float32), 0 if complaint else int(1e6 * label_smoothing)
     _agree(complaint, {'b (rows)': b, 'E (width)': E, 'bits of a feature': kind.itemsize * 8, 'having a key': key is not None,
-                       'streaming': chunk is not None, 'millionths of label smoothing': int(1e6 * label_smoothing)}, comm)
+                       'streaming': chunk is not None, 'millionths of label smoothing': smoothed}, comm)
     move = lambda x: x.to(kind if keep else wide)
     return move(image_bE), move(text_bE), wide, _Targets(b, key, comm, image_bE.device), chunk
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'TRANSPOSED', 'TABLE', 'BLOCK', 'PREFIXES', 'CONSTANTS', 'POSITIONS', 'VISION_POOLS', 'TEXT_WORDS', 'VISION',
-           'TEXT', 'MODEL', 'BUILT', 'OLD_WORDS', 'PREPROCESS', 'FILES', 'TAGS', 'ADDED', 'WEIGHT_DTYPES', 'rename',
-           'jax_names', 'to_open_clip', 'from_open_clip', 'arranged', 'from_jax', 'form_of', 'choose_positions',
-           'open_clip_config', 'foreign', 'unnamed', 'settings', 'modern', 'pixels', 'from_words',
-           'from_open_clip_config', 'look', 'read_npz', 'read_state', 'hollow', 'misfits', 'looks_like', 'fitting',
-           'fetch', 'config_in', 'weights_in', 'evaluation_pixels', 'Preprocess', 'preprocess', 'list_models',
+           'TEXT', 'MODEL', 'BUILT', 'OLD_WORDS', 'PREPROCESS', 'FILES', 'TAGS', 'ADDED', 'WEIGHT_DTYPES', 'hollow',
+           'rename', 'jax_names', 'to_open_clip', 'from_open_clip', 'arranged', 'from_jax', 'form_of',
+           'choose_positions', 'open_clip_config', 'foreign', 'unnamed', 'settings', 'modern', 'pixels', 'from_words',
+           'from_open_clip_config', 'look', 'read_npz', 'read_state', 'misfits', 'looks_like', 'fitting', 'fetch',
+           'config_in', 'weights_in', 'evaluation_pixels', 'Preprocess', 'preprocess', 'list_models',
            'add_model_config', 'get_model_config', 'create_model', 'create_model_and_transforms', 'get_tokenizer',
            'model_card', 'save_pretrained', 'write_card', 'push_to_hub', 'NameTable', 'three_ways']
 
@@ -27,7 +27,21 @@ from .data import FILTERS, Transform, decode
 from .patch_embedding import sincos
 from .tokenizer import load_tokenizer
 
-# %% ../nbs/18_pretrained.ipynb #c007
+# %% ../nbs/18_pretrained.ipynb #c005
+class _Undrawn(torch.overrides.TorchFunctionMode):
+    "Inside, no random numbers are drawn."
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if getattr(f, '__name__', '') in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_', 'erfinv_'): return args[0] if args else kwargs['tensor']
+        return f(*args, **kwargs or {})
+
+def hollow(
+    cfg: ModelConfig, # any
+    output_dict: bool = False, # whether `forward` returns a dictionary
+) -> CLIP: # on `meta`, to be filled by `load_weights(…, assign=True)`
+    "A model without numbers."
+    with torch.device('meta'), _Undrawn(): return build_clip(cfg, output_dict)
+
+# %% ../nbs/18_pretrained.ipynb #c010
 NAMES = ( # ours, open_clip's, JAX's; a name that ends with . or / or _ is a prefix; None: the tensor is not stored there
     ('visual.patch.weight', 'visual.conv1.weight', 'img/embedding/kernel'),
     ('visual.prefix.token', 'visual.class_embedding', 'img/cls'),
@@ -47,7 +61,7 @@ NAMES = ( # ours, open_clip's, JAX's; a name that ends with . or / or _ is a pre
 TRANSPOSED = ('visual.head.weight', 'text.head.weight')
 TABLE = 'visual.positions.table'
 
-# %% ../nbs/18_pretrained.ipynb #c009
+# %% ../nbs/18_pretrained.ipynb #c012
 BLOCK = { # ours and open_clip's, inside a block: JAX's
     'ln_1.weight': 'LayerNorm_0/scale', 'ln_1.bias': 'LayerNorm_0/bias',
     'attn.in_proj_weight': 'MultiHeadDotProductAttention_0/{query,key,value}/kernel', 'attn.in_proj_bias': 'MultiHeadDotProductAttention_0/{query,key,value}/bias',
@@ -57,7 +71,7 @@ BLOCK = { # ours and open_clip's, inside a block: JAX's
     'mlp.c_proj.weight': 'MlpBlock_0/Dense_1/kernel', 'mlp.c_proj.bias': 'MlpBlock_0/Dense_1/bias',
 }
 
-# %% ../nbs/18_pretrained.ipynb #c011
+# %% ../nbs/18_pretrained.ipynb #c014
 def rename(
     key: str, # a parameter's name on one side
     to: str = 'open_clip', # the side wanted: 'open_clip' or 'ours'
@@ -68,7 +82,7 @@ def rename(
         if key == a or (a.endswith('.') and key.startswith(a)): return b + key[len(a):]
     return key
 
-# %% ../nbs/18_pretrained.ipynb #c014
+# %% ../nbs/18_pretrained.ipynb #c017
 def jax_names(
     key: str, # a parameter's name, ours
 ) -> list: # its names in JAX: one, three for what we keep fused, none where JAX stores nothing
@@ -82,7 +96,7 @@ def jax_names(
     name = f'{jax}{number}/{BLOCK[inner]}'
     return [name.replace('{query,key,value}', part) for part in ('query', 'key', 'value')] if '{' in name else [name]
 
-# %% ../nbs/18_pretrained.ipynb #c017
+# %% ../nbs/18_pretrained.ipynb #c020
 def to_open_clip(
     model: CLIP, # of this library
 ) -> dict: # open_clip's name → tensor, on the CPU, contiguous
@@ -92,7 +106,7 @@ def to_open_clip(
         state[TABLE] = model.visual.positions((model.cfg.image_size // model.cfg.patch,) * 2, model.logit_scale.device)
     return {rename(k): (v.T if k in TRANSPOSED else v).cpu().contiguous() for k, v in state.items()}
 
-# %% ../nbs/18_pretrained.ipynb #c020
+# %% ../nbs/18_pretrained.ipynb #c023
 PREFIXES = ('module.', '_orig_mod.', 'text.')
 CONSTANTS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')
 
@@ -108,7 +122,7 @@ def from_open_clip(
         out[key] = v.T if key in TRANSPOSED and key != k else v.reshape(()) if key in ('logit_scale', 'logit_bias') and v.numel() == 1 else v
     return out
 
-# %% ../nbs/18_pretrained.ipynb #c023
+# %% ../nbs/18_pretrained.ipynb #c026
 def arranged(
     name: str, # JAX's
     x, # the tensor under that name
@@ -120,7 +134,7 @@ def arranged(
     if kind == 'pos_embedding': return x[0] if x.ndim == 3 else x
     return x if kind == 'embedding' else x.reshape(()) if kind == 't' and x.numel() == 1 else x.flatten()
 
-# %% ../nbs/18_pretrained.ipynb #c026
+# %% ../nbs/18_pretrained.ipynb #c029
 def from_jax(
     state: dict, # JAX's name without 'params/' → tensor
     model: CLIP, # says which names there are and how many heads; `meta` will do
@@ -135,7 +149,7 @@ def from_jax(
         if names and all(n in turned for n in names): out[key] = torch.cat([turned.pop(n) for n in names]) if len(names) > 1 else turned.pop(names[0])
     return out | turned
 
-# %% ../nbs/18_pretrained.ipynb #c033
+# %% ../nbs/18_pretrained.ipynb #c036
 def form_of(
     table, # [n_prefix + N, D], or None
     n_prefix: int, # rows in front
@@ -153,7 +167,7 @@ def _side(rows, n_prefix):
     if side**2 + n_prefix != rows or not side: raise UserError(f'found a position table of {rows} rows, expected {n_prefix} + a square (such as {n_prefix + 256} for 16×16): only square images are built here')
     return side
 
-# %% ../nbs/18_pretrained.ipynb #c036
+# %% ../nbs/18_pretrained.ipynb #c039
 POSITIONS = ('interpolate', 'recompute')
 
 def choose_positions(
@@ -174,20 +188,20 @@ def choose_positions(
         state = {k: v for k, v in state.items() if k != TABLE}
     return cfg, state
 
-# %% ../nbs/18_pretrained.ipynb #c039
+# %% ../nbs/18_pretrained.ipynb #c042
 def _ratio(tower):
     "The MLP ratio to four places, such that int(width × ratio) is the MLP's width."
     r = round(tower.mlp / tower.width, 4)
     return r if int(tower.width * r) == tower.mlp else round(r + 1e-4, 4)
 
-# %% ../nbs/18_pretrained.ipynb #c042
+# %% ../nbs/18_pretrained.ipynb #c045
 def _tower_words(act, eps, quick=False):
     "What open_clip says of a tower's GELU and norms; `quick`: the model says quick GELU for both towers."
     form = {'gelu_tanh': 'tanh', 'gelu': 'none' if quick else None, 'quick_gelu': None if quick else 'quick_gelu'}[act]
     words = dict(act_kwargs=dict(approximate=form)) if form else {}
     return words | (dict(norm_kwargs=dict(eps=eps)) if eps != 1e-5 else {})
 
-# %% ../nbs/18_pretrained.ipynb #c045
+# %% ../nbs/18_pretrained.ipynb #c048
 VISION_POOLS = {('tok', False): 'cls', ('tok', True): 'cls', ('avg', True): 'avg', ('avg', False): 'norm_avg'} # (pool_type, final_ln_after_pool): ours
 
 def _vision_words(cfg):
@@ -197,7 +211,7 @@ def _vision_words(cfg):
     return dict(image_size=cfg.image_size, layers=i.depth, width=i.width, patch_size=cfg.patch, head_width=i.width // i.heads, mlp_ratio=_ratio(i),
                 no_ln_pre=not cfg.pre_norm, pool_type=pool, final_ln_after_pool=after, **_tower_words(cfg.act, cfg.ln_eps, cfg.act == 'quick_gelu'))
 
-# %% ../nbs/18_pretrained.ipynb #c048
+# %% ../nbs/18_pretrained.ipynb #c051
 TEXT_WORDS = {'argmax': 'eot', 'last': 'last', 'first': 'first', 'eos': 'eos'} # open_clip's pool_type: ours
 
 def _text_words(cfg, tokenizer):
@@ -209,7 +223,7 @@ def _text_words(cfg, tokenizer):
     if cfg.text_pool == 'eos': words['eos_id'] = cfg.eos_id
     return words if causal else words | dict(hf_tokenizer_name=tokenizer, tokenizer_kwargs=dict(strip_sep_token=True))
 
-# %% ../nbs/18_pretrained.ipynb #c051
+# %% ../nbs/18_pretrained.ipynb #c054
 def open_clip_config(
     cfg: ModelConfig, # the model's
     tokenizer: str = 'bert-base-uncased', # what open_clip shall look for where a directory holds no tokenizer
@@ -222,7 +236,7 @@ def open_clip_config(
         preprocess_cfg=dict(mean=list(cfg.mean), std=list(cfg.std), interpolation=cfg.interpolation, resize_mode=cfg.resize_mode),
         clipa_nb=cfg.to_dict())
 
-# %% ../nbs/18_pretrained.ipynb #c054
+# %% ../nbs/18_pretrained.ipynb #c057
 def foreign(
     cfg: ModelConfig, # the model's
 ) -> list: # what open_clip has no words for; empty where it can load the directory
@@ -236,7 +250,7 @@ def foreign(
     ]
     return [what for wrong, what in said if wrong]
 
-# %% ../nbs/18_pretrained.ipynb #c057
+# %% ../nbs/18_pretrained.ipynb #c060
 def unnamed(
     cfg: ModelConfig, # the model's
 ) -> list: # what open_clip computes only when it reads the directory's own configuration
@@ -244,7 +258,7 @@ def unnamed(
     acts, epses = {cfg.act, cfg.text_act or cfg.act}, {cfg.ln_eps, cfg.ln_eps if cfg.text_ln_eps is None else cfg.text_ln_eps}
     return ['tanh GELU'] * ('gelu_tanh' in acts) + [f'LayerNorm eps {e:g}' for e in sorted(epses) if e != 1e-5]
 
-# %% ../nbs/18_pretrained.ipynb #c060
+# %% ../nbs/18_pretrained.ipynb #c063
 VISION = dict(image_size=224, layers=12, width=768, patch_size=16, head_width=64, mlp_ratio=4.0, no_ln_pre=False, pool_type='tok', final_ln_after_pool=False, act_kwargs=None, norm_kwargs=None,
               patch_dropout=0., output_tokens=False, pos_embed_type='learnable', ls_init_value=None, attentional_pool=False, attn_pooler_queries=256, attn_pooler_heads=8, block_type=None,
               qk_norm=False, scaled_cosine_attn=False, scale_heads=False, scale_attn_inner=False, scale_attn=False, scale_fc=False)
@@ -254,7 +268,7 @@ TEXT = dict(context_length=77, vocab_size=49_408, width=512, heads=8, layers=12,
 MODEL = dict(embed_dim=512, vision_cfg=None, text_cfg=None, quick_gelu=False, custom_text=False, init_logit_scale=math.log(1 / 0.07), init_logit_bias=None, nonscalar_logit_scale=False)
 BUILT = {'vision_cfg': tuple(VISION)[:14], 'text_cfg': tuple(TEXT)[:18], 'model_cfg': tuple(MODEL)}
 
-# %% ../nbs/18_pretrained.ipynb #c062
+# %% ../nbs/18_pretrained.ipynb #c065
 def settings(
     part: str, # 'model_cfg', 'vision_cfg' or 'text_cfg'
     d: dict, # what the file says
@@ -270,7 +284,7 @@ def settings(
         if isinstance(known[k], int) and not isinstance(v, (int, float)): raise UserError(f'{part} sets {k}={v!r}: expected a number{" (a ResNet or a picture that is not square is not built here)" if isinstance(v, list) else ""}')
     return known | d
 
-# %% ../nbs/18_pretrained.ipynb #c065
+# %% ../nbs/18_pretrained.ipynb #c068
 OLD_WORDS = { # CLIPA's PyTorch port: (open_clip's, the values)
     'ln_pre': ('no_ln_pre', {True: False, False: True}), 'attention_mask': ('no_causal_mask', {True: False, False: True}),
     'gelu_approximate': ('act_kwargs', {'tanh': dict(approximate='tanh'), 'none': None}), 'pos_embed': ('pos_embed_type', {'learnable': 'learnable', 'sin_cos_2d': 'learnable'}),
@@ -290,7 +304,7 @@ def modern(
         elif new and value not in values: d[old] = value
     return d
 
-# %% ../nbs/18_pretrained.ipynb #c068
+# %% ../nbs/18_pretrained.ipynb #c071
 def _act_and_eps(part, c, quick):
     "(act, eps) of one tower; raises `UserError` for arguments of other kinds."
     act, norm = c['act_kwargs'] or {}, c['norm_kwargs'] or {}
@@ -300,7 +314,7 @@ def _act_and_eps(part, c, quick):
     if set(norm) - {'eps'}: raise UserError(f'{part} sets norm_kwargs={norm}: only eps is understood')
     return forms[form], norm.get('eps', 1e-5)
 
-# %% ../nbs/18_pretrained.ipynb #c071
+# %% ../nbs/18_pretrained.ipynb #c074
 PREPROCESS = dict(openai=dict(OPENAI, interpolation='bicubic', resize_mode='shortest'), clipa=dict(IMAGENET, interpolation='bilinear', resize_mode='squash'))
 
 def pixels(
@@ -318,7 +332,7 @@ def pixels(
     if len(three(p['mean'])) != 3 or len(three(p['std'])) != 3 or min(three(p['std'])) <= 0: raise UserError(f"preprocess_cfg has mean {p['mean']} and std {p['std']}: expected three numbers each, and every std above 0")
     return dict(mean=three(p['mean']), std=three(p['std']), interpolation=how[0], resize_mode=how[1])
 
-# %% ../nbs/18_pretrained.ipynb #c074
+# %% ../nbs/18_pretrained.ipynb #c077
 def from_words(
     m: dict, # open_clip's `model_cfg`, in present or CLIPA's older words
     p=None, # `preprocess_cfg`
@@ -340,7 +354,7 @@ def from_words(
         text_act=None if text_act == act else text_act, text_ln_eps=None if text_eps == eps else text_eps, unit='clamp', unit_eps=1e-12, init='open_clip',
         init_scale=math.exp(m['init_logit_scale']), init_bias=m['init_logit_bias'], **(dict(image_strategy='random', image_ratio=v['patch_dropout']) if v['patch_dropout'] else {}), **pixels(p))
 
-# %% ../nbs/18_pretrained.ipynb #c077
+# %% ../nbs/18_pretrained.ipynb #c080
 def from_open_clip_config(
     d: dict, # the content of `open_clip_config.json`
 ) -> ModelConfig: # raises `UserError` for settings it does not understand, or two halves that disagree
@@ -356,7 +370,7 @@ def from_open_clip_config(
     if odd: raise UserError(f"the two halves of the configuration disagree (model_cfg and clipa_nb: {'; '.join(odd[:3])}): change both, or remove clipa_nb")
     return cfg
 
-# %% ../nbs/18_pretrained.ipynb #c080
+# %% ../nbs/18_pretrained.ipynb #c083
 def look(
     path, # a file of weights
 ) -> Path: # the same; raises `UserError` where it is missing, empty, a pointer to somewhere else, or cut short
@@ -376,7 +390,7 @@ def look(
         if end > size: raise UserError(f'{path} is cut short: {size:,} bytes of {end:,}; fetch it again')
     return path
 
-# %% ../nbs/18_pretrained.ipynb #c083
+# %% ../nbs/18_pretrained.ipynb #c086
 def read_npz(
     path, # a file of JAX weights
 ) -> dict: # name without 'params/' → tensor; raises `UserError` for objects in place of numbers
@@ -386,7 +400,7 @@ def read_npz(
         arrays = {k.removeprefix('params/'): z[k] for k in names}
     return {k: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype == np.dtype('V2') else torch.from_numpy(a) for k, a in arrays.items()}
 
-# %% ../nbs/18_pretrained.ipynb #c086
+# %% ../nbs/18_pretrained.ipynb #c089
 def read_state(
     path, # .safetensors, .npz, or a .bin / .pt / .pth of tensors only
 ) -> dict: # name → tensor; raises `UserError` for a file that is missing, cut short, or holds code
@@ -405,20 +419,6 @@ def read_state(
     odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else [type(state).__name__]
     if odd: raise UserError(f'{path} holds {odd[0]!r}, which is no tensor: expected a state_dict')
     return state
-
-# %% ../nbs/18_pretrained.ipynb #c089
-class _Undrawn(torch.overrides.TorchFunctionMode):
-    "Inside, no random numbers are drawn."
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        if getattr(f, '__name__', '') in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_', 'erfinv_'): return args[0] if args else kwargs['tensor']
-        return f(*args, **kwargs or {})
-
-def hollow(
-    cfg: ModelConfig, # any
-    output_dict: bool = False, # whether `forward` returns a dictionary
-) -> CLIP: # on `meta`, to be filled by `load_weights(…, assign=True)`
-    "A model without numbers."
-    with torch.device('meta'), _Undrawn(): return build_clip(cfg, output_dict)
 
 # %% ../nbs/18_pretrained.ipynb #c092
 def misfits(
@@ -747,9 +747,10 @@ def save_pretrained(
     while not isinstance(model, CLIP) and (inner := getattr(model, 'module', getattr(model, '_orig_mod', None))) is not None: model = inner
     if not isinstance(model, CLIP): raise UserError(f'found {type(model).__name__}, expected a CLIP model of this library')
     if preprocess and preprocess.transform.mode == 'crop': raise UserError('this preprocessing takes random crops: save the one for evaluation, the third thing that create_model_and_transforms returns')
-    out = Path(dir).expanduser().resolve()
+    out, shapes = Path(dir).expanduser().resolve(), lambda m: {k: v.shape for k, v in m.state_dict().items()}
     _check_place(out)
     cfg = _saved_config(model.cfg, preprocess)
+    if odd := misfits(shapes(model), shapes(hollow(cfg))): raise UserError(f'this model is not what its configuration describes ({odd}): towers of other libraries, or changed by hand, have no words here; keep them with torch.save')
     for remark in _remarks(cfg): warnings.warn(f'{out.name}: {remark}')
     tmp = out.with_name(f'.{out.name}.tmp{os.getpid()}')
     tmp.mkdir(parents=True)

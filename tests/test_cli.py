@@ -141,7 +141,9 @@ def test_a_mistake_as_a_process():
 
 def test_unknown_names(clipa):
     bad(clipa, 'train', 'tooy', says='did you mean toy')
-    bad(clipa, 'eval', '/nowhere/model', says='/nowhere/model')
+    bad(clipa, 'eval', '/nowhere/model', says='/nowhere/model: there is no such directory')
+    bad(clipa, 'export', 'runs/nowhere', 'out', says='no such directory')
+    bad(clipa, 'eval', 'ViT-B-166', says='ViT-B-16')
     bad(clipa, 'train', 'toy', '--device', 'tpu', says='unknown device')
     bad(clipa, 'train', 'toy', '--precision', 'fp8', says='unknown precision')
 

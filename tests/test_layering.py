@@ -11,8 +11,8 @@ TREES = {name: ast.parse((ROOT / 'clipa_nb' / f'{name}.py').read_text()) for nam
 CHAPTERS = ('core toyworld viz cost patch_embedding token_dropping tokenizer text_truncation transformer clip infonce data optimization trainer '
             'distributed_trainer zero_shot probes recipes pretrained cli').split()
 FIGURES = dict.fromkeys(CHAPTERS, 1) | dict(toyworld=4, viz=4, cost=2, patch_embedding=2, token_dropping=2, tokenizer=2, text_truncation=4, transformer=2, clip=2, infonce=2, data=2,
-                                            optimization=2, distributed_trainer=2, zero_shot=4, probes=4, recipes=2)
-WIDGETS = 'toyworld viz cost patch_embedding token_dropping tokenizer text_truncation transformer infonce data optimization zero_shot'.split()
+                                            optimization=2, distributed_trainer=2, zero_shot=4, probes=4, recipes=2, pretrained=4)
+WIDGETS = 'toyworld viz cost patch_embedding token_dropping tokenizer text_truncation transformer clip infonce data optimization zero_shot pretrained'.split()
 DRAWING, LAZY = {'matplotlib', 'ipywidgets', 'IPython'}, {'recipes', 'cli'}
 
 # -- imports ------------------------------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_values_are_looked_at_on_request():
 
 def test_label_smoothing_and_general_form_refuse():
     for call in (lambda v: info_nce(x, x, 1., label_smoothing=v), lambda v: contrastive(x, x, torch.arange(4), torch.arange(4), v)):
-        for v in (-0.1, 1.):
+        for v in (-0.1, 1., math.nan):
             with pytest.raises(UserError, match='label smoothing'): call(v)
     own = torch.arange(4)
     for bad, words in (((x, x[:3], own, own[:3]), '4 images and 3 texts'), ((x, x, own[:3], own), 'targets of the images'), ((x, x, own, x[:, :4]), 'targets of the texts'), ((x.long(), x, own, own), 'similarities of the images')):

@@ -75,9 +75,9 @@ def features(model, x, ids): return model.encode_image(x, normalize=True), model
 def gap(a, b): return max(float((x - y).abs().max()) for x, y in zip(a, b))
 
 def gradients(model, zi, zt, name=lambda k: k):
-    "The gradients of a loss that every parameter has a part in, by open_clip's names."
+    "The gradients of a loss that every parameter has a part in (squares, so that the temperature's does not cancel), by open_clip's names."
     logits = model.logit_scale.exp() * zi @ zt.T
-    loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(zi))) + (zi * torch.linspace(-1, 1, zi.shape[1])).sum() + (zt * torch.linspace(1, -1, zt.shape[1])).sum()
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(zi))) + 10 * logits.square().mean() + (zi * torch.linspace(-1, 1, zi.shape[1])).sum() + (zt * torch.linspace(1, -1, zt.shape[1])).sum()
     loss.backward()
     return {name(k): p.grad.T if k in P.TRANSPOSED else p.grad for k, p in model.named_parameters() if p.grad is not None}
 

@@ -34,13 +34,20 @@ def loss_function(a):
     if a.loss == 'info_nce': return lambda image, text, scale, bias: info_nce(image, text, scale, chunk=chunk)['loss']
     return lambda image, text, scale, bias: sigmoid_loss(image, text, scale, bias, chunk=chunk)['loss']
 
-def peak(device):
-    "Bytes: the most memory this process has held."
+def held(device, most=False):
+    "Bytes that this process holds now, or the most since `forget`."
     import resource, torch
-    if device == 'cuda': return torch.cuda.max_memory_allocated()
+    if device == 'cuda': return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
     status = Path('/proc/self/status')
-    if status.exists(): return 1024 * int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith('VmHWM')))
+    if status.exists(): return 1024 * int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith('VmHWM' if most else 'VmRSS')))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def forget(device):
+    "Give what is free back to the system and begin a new record of the most."
+    import ctypes, torch
+    if device == 'cuda': return torch.cuda.reset_peak_memory_stats()
+    try: ctypes.CDLL(None).malloc_trim(0); Path('/proc/self/clear_refs').write_text('5')
+    except (OSError, AttributeError): pass # another system: the record goes back to the start
 
 def worker(a):
     "One measurement: prints seconds, extra megabytes, and numbers that all forms must share."
@@ -56,10 +63,9 @@ def worker(a):
     f(*leaves(512)).backward()
     if a.device == 'cuda': f(*leaves(a.b)).backward(); wait() # kernels are chosen on the first call of a shape
     x = leaves(a.b)
-    if a.device == 'cuda': torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if a.device == 'cuda' else peak(a.device)
+    forget(a.device); before = held(a.device)
     wait(); start = clock(); out = f(*x); out.backward(); wait(); seconds = clock() - start
-    print(json.dumps(dict(seconds=seconds, extra_mb=max(0., peak(a.device) - before) / 1e6, loss=out.item(), d_scale=x[2].grad.item(), d_image=x[0].grad.float().norm().item())))
+    print(json.dumps(dict(seconds=seconds, extra_mb=max(0., held(a.device, True) - before) / 1e6, loss=out.item(), d_scale=x[2].grad.item(), d_image=x[0].grad.float().norm().item())))
 
 def measure(a, b, form):
     "`worker` in a fresh process; a dict with 'fits' False where memory ran out."
