@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Task', 'rng_state', 'set_rng_state', 'device_of', 'split', 'first_pass', 'second_pass', 'forward_backward',
-           'TrainConfig', 'clamp_temperature', 'train_step', 'write_json', 'file_hash', 'pack', 'unpack', 'Checkpoints',
-           'read_log', 'Log', 'Stopped', 'interrupts', 'agree_to_stop', 'Meter', 'average', 'check_row', 'run_evals',
-           'fit']
+           'TrainConfig', 'clamp_temperature', 'train_step', 'write_json', 'flush_folder', 'file_hash', 'pack',
+           'unpack', 'Checkpoints', 'read_log', 'Log', 'Stopped', 'interrupts', 'agree_to_stop', 'Meter', 'average',
+           'check_row', 'run_evals', 'fit']
 
 # %% ../nbs/13_trainer.ipynb #c002
 import contextlib, hashlib, json, os, shutil, signal, threading, time, warnings
@@ -213,6 +213,16 @@ def write_json(
     os.replace(tmp, path)
 
 # %% ../nbs/13_trainer.ipynb #c063
+def flush_folder(
+    path: Path, # a directory
+):
+    "Make the names in a directory survive a power cut."
+    if os.name == 'nt': return
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+# %% ../nbs/13_trainer.ipynb #c066
 def file_hash(
     path: Path, # a file
 ) -> str: # hexadecimal SHA-256
@@ -222,7 +232,7 @@ def file_hash(
         for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
     return h.hexdigest()
 
-# %% ../nbs/13_trainer.ipynb #c066
+# %% ../nbs/13_trainer.ipynb #c069
 def pack(
     model: nn.Module, # its parameters and buffers
     optimizer=None, # its moments too
@@ -234,7 +244,7 @@ def pack(
         out.update({f'optimizer.{k}.{names[p]}': torch.as_tensor(v) for k, v in state.items()})
     return {k: v.detach().to('cpu', copy=True).contiguous() for k, v in out.items()}
 
-# %% ../nbs/13_trainer.ipynb #c069
+# %% ../nbs/13_trainer.ipynb #c072
 def unpack(
     tensors: dict, # from `pack`
     model: nn.Module, # filled in place
@@ -249,7 +259,7 @@ def unpack(
         _, kind, name = key.split('.', 2); p = params[name]
         optimizer.state[p][kind] = v.to(p.device if kind != 'step' or p in fused else 'cpu', copy=True)
 
-# %% ../nbs/13_trainer.ipynb #c072
+# %% ../nbs/13_trainer.ipynb #c075
 class Checkpoints:
     "A folder of `step_00000123/` directories, each written whole or not at all."
     def __init__(self,
@@ -270,8 +280,7 @@ class Checkpoints:
         with open(tmp / 'tensors.safetensors', 'rb') as f: os.fsync(f.fileno())
         write_json(tmp / 'state.json', dict(state, step=step, sha256=file_hash(tmp / 'tensors.safetensors')))
         if final.exists(): os.replace(final, self.folder / f'.tmp_old_{step:08d}')
-        os.replace(tmp, final)
-        fd = os.open(self.folder, os.O_RDONLY); os.fsync(fd); os.close(fd)
+        flush_folder(tmp); os.replace(tmp, final); flush_folder(self.folder)
         for old in self.steps()[:-self.keep]: shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -286,7 +295,7 @@ class Checkpoints:
                 warnings.warn(f'{path}: the hash of the tensors does not match; taking an older checkpoint')
             except (OSError, ValueError, KeyError) as e: warnings.warn(f'{path}: {e}; taking an older checkpoint')
 
-# %% ../nbs/13_trainer.ipynb #c077
+# %% ../nbs/13_trainer.ipynb #c080
 def read_log(
     path, # a `metrics.jsonl`
 ) -> list: # of dicts; a broken last line is left out
@@ -296,7 +305,7 @@ def read_log(
         with contextlib.suppress(ValueError): rows.append(json.loads(line))
     return rows
 
-# %% ../nbs/13_trainer.ipynb #c080
+# %% ../nbs/13_trainer.ipynb #c083
 class Log:
     "Appends rows to a `.jsonl` file; rows after `resume_at` steps are forgotten when it opens."
     def __init__(self,
@@ -312,12 +321,12 @@ class Log:
         "Append one row."
         with open(self.path, 'a') as f: f.write(json.dumps({k: v.item() if hasattr(v, 'item') else v for k, v in row.items()}) + '\n')
 
-# %% ../nbs/13_trainer.ipynb #c083
+# %% ../nbs/13_trainer.ipynb #c086
 class Stopped(Exception):
     "The run was asked to stop; a checkpoint is kept."
     def __init__(self, signum): super().__init__(signal.Signals(signum).name); self.signum = signum
 
-# %% ../nbs/13_trainer.ipynb #c086
+# %% ../nbs/13_trainer.ipynb #c089
 @contextlib.contextmanager
 def interrupts():
     "Within this block SIGINT and SIGTERM are remembered in the list it gives; a second Ctrl-C interrupts at once."
@@ -331,7 +340,7 @@ def interrupts():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/13_trainer.ipynb #c089
+# %% ../nbs/13_trainer.ipynb #c092
 def agree_to_stop(
     got: list, # what `interrupts` gave
     comm=LOCAL, # ranks; asked on the CPU, so that no GPU is kept waiting
@@ -339,7 +348,7 @@ def agree_to_stop(
     "The largest signal number that any rank received."
     return int(comm.all_max(torch.tensor(float(got[0] if got else 0))))
 
-# %% ../nbs/13_trainer.ipynb #c092
+# %% ../nbs/13_trainer.ipynb #c095
 class Meter:
     "Rates and the last losses, turned into a row now and then."
     def __init__(self): self.start = time.perf_counter(); self.waited, self.samples, self.steps = 0., 0, 0
@@ -352,7 +361,7 @@ class Meter:
         self.__init__()
         return row
 
-# %% ../nbs/13_trainer.ipynb #c095
+# %% ../nbs/13_trainer.ipynb #c098
 def average(
     out: dict, # numbers of this rank, as tensors
     comm=LOCAL, # ranks
@@ -362,7 +371,7 @@ def average(
     means = comm.all_sum(torch.stack([v.detach().float().reshape(()) for v in out.values()])) / comm.size
     return dict(zip(out, means))
 
-# %% ../nbs/13_trainer.ipynb #c098
+# %% ../nbs/13_trainer.ipynb #c101
 def check_row(
     row: dict, # one row of the log
     step: int, # for the message
@@ -373,7 +382,7 @@ def check_row(
     gap = float(row.get('train/replay_gap', 0.))
     if gap > 0.05: raise RuntimeError(f'step {step}: features differ by {gap:.0%} between the two passes of accumulation: something inside `features` keeps a generator or a state of its own; draw from the default generators, or use one chunk')
 
-# %% ../nbs/13_trainer.ipynb #c101
+# %% ../nbs/13_trainer.ipynb #c104
 @torch.no_grad()
 def run_evals(
     evals: dict, # {name: f(model, comm=comm) -> dict of floats}
@@ -387,7 +396,7 @@ def run_evals(
     model.train(training)
     return row
 
-# %% ../nbs/13_trainer.ipynb #c104
+# %% ../nbs/13_trainer.ipynb #c107
 def fit(
     wrapped, # the task, or its wrapper
     task: Task, # the task
