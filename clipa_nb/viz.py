@@ -371,12 +371,13 @@ def _history_on(ax, rows, keys, title=''):
     for s, (name, part) in enumerate(_stages(rows)):
         for i, k in enumerate(keys):
             at = np.array([(r[x], r[k]) for r in part if r.get(k) is not None]).reshape(-1, 2)
-            ax.plot(*at.T, marker=marker[k], color=SERIES[i % len(SERIES)], label=k if s == 0 else None)
+            ax.plot(*at.T, marker=marker[k], color=SERIES[i % len(SERIES)], label=k.removeprefix('val/') if s == 0 else None)
         if s: ax.axvline(part[0][x], color=PALETTE['faint'], ls='--', lw=1)
         label = '' if name is None else f'stage {name}' if isinstance(name, int) else str(name)
         drawn = [r[x] for r in part if any(r.get(k) is not None for k in keys)]
         if drawn: ax.text((drawn[0] + drawn[-1]) / 2, 1.0, label, transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7, color=PALETTE['faint'])
-    ax.set(xlabel=x); ax.set_title(title, pad=14 if title else 4); ax.grid(True); ax.legend(frameon=True, framealpha=0.75, edgecolor='none')
+    ax.set(xlabel=x); ax.set_title(title, pad=14 if title else 4); ax.grid(True)
+    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), borderaxespad=5.2, ncols=min(2, len(keys)), fontsize=7, frameon=False)
 
 # %% ../nbs/02_viz.ipynb #c091
 @styled
@@ -460,11 +461,11 @@ def two_stages(
     title: str = 'the method in miniature', # above the curves
 ) -> Figure:
     "What a pair costs, beside what recorded runs reached in how much time."
-    fig, axes = canvas(1, 2, width=9, height=2.6, width_ratios=(1.15, 1)); left, right = axes[0]
+    fig, axes = canvas(1, 2, width=9, height=3, width_ratios=(1.15, 1)); left, right = axes[0]
     _bars_on(left, {'': costs}, 'one image–text pair, forward', ' GFLOP', '.0f')
     if not rows: right.axis('off'); right.text(0.5, 0.5, 'not run', ha='center', va='center', color=PALETTE['faint']); return fig
     for i, run in enumerate(dict.fromkeys(r['run'] for r in rows)):
         at = [(r['spent'], 100 * r['top1']) for r in rows if r['run'] == run]
         right.plot(*zip(*at), marker='o', color=SERIES[i % len(SERIES)], label=run)
-    right.set(xlabel=spent, ylabel='zero-shot top-1, %', ylim=(0, 100)); right.set_title(title); right.grid(True); right.legend(loc='lower right')
+    right.set(xlabel=spent, ylabel='zero-shot top-1, %', ylim=(0, 100)); right.set_title(title); right.grid(True); right.legend(loc='upper center', bbox_to_anchor=(0.5, 0), borderaxespad=4.6, frameon=False)
     return fig
