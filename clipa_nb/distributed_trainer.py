@@ -40,6 +40,7 @@ def _join(rank, size, device, timeout, init='env://'):
         store = next(dist.rendezvous(init, rank, size, timeout=limit))[0]; store.set_timeout(limit)
         words = dist.PrefixStore('words', store); words.set(f'came {rank}', '1')
         dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=size, timeout=limit)
+        words.set(f'met {rank}', '1'); words.wait([f'met {r}' for r in range(size)], limit)
     except RuntimeError as e:
         with contextlib.suppress(RuntimeError): absent = [r for r in range(size) if not words or not words.check([f'came {r}'])]
         raise RankError(f"rank {rank} of {size} waited {timeout:g} s at the meeting place; {'nobody is there' if not words else f'ranks {absent} did not come'}") from e

@@ -1,5 +1,5 @@
 "The house: the two commands, what is generated, what is promised in workflows, and that the package is light."
-import configparser, json, re, subprocess, sys
+import os, configparser, json, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -18,6 +18,13 @@ def test_the_two_commands_come_first():
 def test_ci_runs_the_second_command():
     second = code_lines((ROOT / 'README.md').read_text())[1]
     assert second in (ROOT / '.ci/run').read_text().splitlines()
+
+def test_ci_fails_with_the_second_command(tmp_path):
+    (tmp_path / '.ci').mkdir(); (tmp_path / 'bin').mkdir()
+    (tmp_path / '.ci/run').write_text((ROOT / '.ci/run').read_text())
+    fake = tmp_path / 'bin/python3'; fake.write_text('#!/bin/sh\nexit 3\n'); fake.chmod(0o755)
+    done = subprocess.run(['bash', tmp_path / '.ci/run'], capture_output=True, text=True, env=dict(os.environ, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}"))
+    assert done.returncode == 1 and 'the second command failed' in done.stdout
 
 def test_readme_is_fresh():
     done = subprocess.run([sys.executable, ROOT / '.ci/readme.py', '--check'], capture_output=True, text=True)
