@@ -42,8 +42,11 @@ def _join(rank, size, device, timeout, init='env://'):
         dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=size, timeout=limit)
         words.set(f'met {rank}', '1'); words.wait([f'met {r}' for r in range(size)], limit)
     except RuntimeError as e:
-        with contextlib.suppress(RuntimeError): absent = [r for r in range(size) if not words or not words.check([f'came {r}'])]
-        raise RankError(f"rank {rank} of {size} waited {timeout:g} s at the meeting place; {'nobody is there' if not words else f'ranks {absent} did not come'}") from e
+        found, reason = 'not all ranks reached it', str(e).split('\n')[0]
+        with contextlib.suppress(RuntimeError):
+            absent = words and [r for r in range(size) if not words.check([f'came {r}'])]
+            if words: found = f'ranks {absent} did not come' if absent else 'all came, but they could not be connected'
+        raise RankError(f"rank {rank} of {size} at the meeting place, waiting up to {timeout:g} s: {found} ({reason})") from e
     return Ranks(rank, size, words, patience=min(3., timeout / 4))
 
 # %% ../nbs/14_distributed_trainer.ipynb #c018
@@ -185,7 +188,7 @@ def _collective(comm, name):
     except RuntimeError as e:
         here = f'waited in {name}, its call {comm.calls}'
         comm.leave_word(here)
-        raise RankError(f'rank {comm.rank} {here}: {whereabouts(comm, here)} ({str(e).splitlines()[0]})') from e
+        raise RankError(f'rank {comm.rank} {here}: {whereabouts(comm, here)} ({str(e).split(chr(10))[0]})') from e
 
 # %% ../nbs/14_distributed_trainer.ipynb #c049
 @contextlib.contextmanager
@@ -199,7 +202,7 @@ def watch(
         lost = isinstance(e, RuntimeError) and ('gloo' in str(e) or 'NCCL' in str(e) or isinstance(e, dist.DistError))
         here = "waited in the average of the gradients" if lost else f'stopped with {type(e).__name__}: {e}'
         comm.leave_word(here)
-        if lost: raise RankError(f'rank {comm.rank} {here}: {whereabouts(comm, here)} ({str(e).splitlines()[0]})') from e
+        if lost: raise RankError(f'rank {comm.rank} {here}: {whereabouts(comm, here)} ({str(e).split(chr(10))[0]})') from e
         raise
 
 # %% ../nbs/14_distributed_trainer.ipynb #c052

@@ -21,6 +21,10 @@ def clipa():
         return done
     return call
 
+def pytest_make_parametrize_id(val):
+    "Bytes never name a test: what they hold (a gzip header has the time of day) may differ between the workers that collect it."
+    if isinstance(val, bytes): return f'{len(val)}-bytes'
+
 def pytest_terminal_summary(terminalreporter):
     "Say how long each chapter ran, also where workers ran them."
     said = sorted(v for rs in terminalreporter.stats.values() for r in rs if getattr(r, 'when', '') == 'call' for k, v in r.user_properties if k == 'chapter')

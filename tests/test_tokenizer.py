@@ -225,7 +225,7 @@ def test_a_damaged_saved_vocabulary_is_refused(small, how, file, tmp_path):
     with pytest.raises(UserError): load_tokenizer(tmp_path)
 
 @pytest.mark.parametrize('file,raw,says', [('vocab.txt', '[PAD]\nnaïve\n'.encode('latin-1'), 'UTF-8'), ('vocab.txt', '[PAD]\na\n'.encode('utf-16'), 'UTF-8'), ('vocab.txt', b'', 'not among its 0'), ('vocab.txt', b'\x1f\x8b\x08\x00broken', 'fetch it again'),
-    ('vocab.txt', gzip.compress(b'[PAD]\n' * 999)[:-12], 'fetch it again'), ('vocab.txt', '\n'.join(SPECIAL[1:]).encode(), r'\[PAD\] not among'), ('vocab.txt', ('a\n' + '\n'.join(SPECIAL)).encode(), r'\[PAD\] has id 1'),
+    ('vocab.txt', gzip.compress(b'[PAD]\n' * 999, mtime=0)[:-12], 'fetch it again'), ('vocab.txt', '\n'.join(SPECIAL[1:]).encode(), r'\[PAD\] not among'), ('vocab.txt', ('a\n' + '\n'.join(SPECIAL)).encode(), r'\[PAD\] has id 1'),
     ('tokenizer.json', b'{"model": {', 'whole JSON'), ('tokenizer.json', b'[]', 'expected a JSON object'), ('tokenizer.json', b'{"model": {"type": "Unigram", "vocab": []}}', 'Unigram'), ('merges.txt', b'#version: 0.2\na b c\n', 'expected two pieces'),
     ('merges.txt', b'#version: 0.2\nab c\n', 'no earlier merge makes')])
 def test_files_that_are_no_vocabulary(file, raw, says, tmp_path):
