@@ -297,12 +297,14 @@ class Checkpoints:
 
 # %% ../nbs/13_trainer.ipynb #c080
 def read_log(
-    path, # a `metrics.jsonl`
+    path, # a `metrics.jsonl`; one that does not exist has no rows. Raises `UserError` where a line before the last is broken
 ) -> list: # of dicts; a broken last line is left out
     "The rows of a log."
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))
+    rows, texts = [], Path(path).read_text().splitlines() if Path(path).exists() else []
+    for i, text in enumerate(texts, 1):
+        try: rows.append(json.loads(text))
+        except ValueError as e:
+            if i < len(texts): raise UserError(f'{path}, line {i} of {len(texts)}, is not JSON: {text[:60]!r}') from e
     return rows
 
 # %% ../nbs/13_trainer.ipynb #c083
