@@ -10,7 +10,7 @@ __all__ = ['TEXT_MASKS', 'TEXT_POOLS', 'IMAGENET', 'OPENAI', 'IMAGE_POOLS', 'UNI
            'model_config', 'load_weights', 'TimmTower', 'HFTower']
 
 # %% ../nbs/09_clip.ipynb #c002
-import math
+import difflib, math
 from functools import partial
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from .core import Config, UserError, need, unknown
 from .cost import SIZES, Tower
 from .patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, resize_positions
 from .token_dropping import TokenDrop
-from .transformer import CAUSAL, CHECKPOINTING, MLP, Attention, Encoder, attention, causal_mask, init_encoder, pad_mask, xavier_
+from .transformer import CAUSAL, CHECKPOINTING, MLP, Attention, Encoder, attention, causal_mask, function_name, init_encoder, pad_mask, xavier_
 
 # %% ../nbs/09_clip.ipynb #c007
 class Out(Mapping):
@@ -123,6 +123,8 @@ class ImageTower(nn.Module):
         self.patch, self.prefix, self.positions, self.dropper = patch, prefix, positions, dropper
         self.pre_norm, self.encoder, self.pool, self.norm, self.head, self.n_prefix = pre_norm, encoder, pool, norm, head, n_prefix
 
+    def extra_repr(self): return f'n_prefix={self.n_prefix}'
+
 # %% ../nbs/09_clip.ipynb #c034
 def _image_forward(self, image_BCHW):
     "Embed, prefix, place, drop, read, pool and norm, project."
@@ -194,6 +196,8 @@ class TextTower(nn.Module):
         super().__init__()
         self.embed, self.positions, self.mask = embed, nn.Parameter(positions_TD), mask
         self.encoder, self.pool, self.norm, self.head = encoder, pool, norm, head
+
+    def extra_repr(self): return f'mask={function_name(self.mask)}, pool={function_name(self.pool)}'
 
 # %% ../nbs/09_clip.ipynb #c067
 def _check_ids(ids_BT, context, rows):
@@ -343,9 +347,11 @@ class CLIP(nn.Module):
 
 # %% ../nbs/09_clip.ipynb #c100
 def _pixels(self, image):
-    "uint8 to normalised float; floats as they are."
-    x = (image - self.mean) / self.std if image.dtype == torch.uint8 else image
-    return x.to(self.logit_scale.dtype)
+    "uint8 [B,3,H,W] to normalised float; floats as they are."
+    if image.dtype == torch.uint8:
+        if image.ndim != 4 or image.shape[1] != 3: raise UserError(f'found bytes of shape {tuple(image.shape)}, expected images [B,3,H,W]: convert them to RGB, and bring [B,H,W,3] into order with `permute(0, 3, 1, 2)`')
+        image = (image - self.mean) / self.std
+    return image.to(next(self.visual.parameters()).dtype)
 
 CLIP.pixels = _pixels
 
@@ -454,6 +460,10 @@ def init_clip(
     if isinstance(v.pool, AttentionPool): init_pool(v.pool)
     nn.init.normal_(t.embed.weight, std=0.02), nn.init.normal_(t.positions, std=0.01)
     nn.init.normal_(v.head.weight, std=scale), nn.init.normal_(t.head.weight, std=t.encoder.width**-0.5)
+    for norm in (v.pre_norm, v.norm, t.norm):
+        if isinstance(norm, nn.LayerNorm): norm.reset_parameters()
+    model.logit_scale.fill_(math.log(model.cfg.init_scale))
+    if model.logit_bias is not None: model.logit_bias.fill_(model.cfg.init_bias)
     return model
 
 # %% ../nbs/09_clip.ipynb #c136
@@ -526,7 +536,7 @@ def load_weights(
 ) -> nn.Module: # the same; raises `UserError` for missing, unexpected or mis-shaped tensors
     "Load weights, resizing position tables where the image size or the context length differs."
     state = _fit_positions(model, state)
-    if 'logit_scale' in state: state['logit_scale'] = state['logit_scale'].reshape(())
+    if 'logit_scale' in state and state['logit_scale'].numel() == 1: state['logit_scale'] = state['logit_scale'].reshape(())
     if found := _misfits(model.state_dict(), state): raise UserError(f'these weights do not fit the model ({found}): build the model from the configuration that belongs to the weights')
     model.load_state_dict(state, assign=assign)
     return model
@@ -541,11 +551,22 @@ def _timm_tokens(trunk, f):
 def _last_axis(trunk): return str(getattr(trunk, 'output_fmt', 'NCHW')).endswith('NHWC')
 
 def _timm_grid(trunk, f, image_BCHW):
-    "Rows and columns of the features."
-    if f.ndim == 3: return tuple(side // p for side, p in zip(image_BCHW.shape[2:], trunk.patch_embed.patch_size))
-    return tuple(f.shape[1:3] if _last_axis(trunk) else f.shape[2:])
+    "Rows and columns of the features; refuses a trunk that does not tell them."
+    axes, p = getattr(f, 'ndim', 0), getattr(getattr(trunk, 'patch_embed', None), 'patch_size', None)
+    if axes == 4: return tuple(f.shape[1:3] if _last_axis(trunk) else f.shape[2:])
+    grid = tuple(side // q for side, q in zip(image_BCHW.shape[2:], p)) if axes == 3 and isinstance(p, tuple) else ()
+    if grid and math.prod(grid) == f.shape[1] - getattr(trunk, 'num_prefix_tokens', 0): return grid
+    raise UserError(f'the timm trunk {type(trunk).__name__} does not tell the grid of its features: use one that gives a map, or one token for each patch of `patch_embed.patch_size`')
 
 # %% ../nbs/09_clip.ipynb #c194
+def _named(library, load, name, names=list):
+    "What `load` gives for a name; what it raises becomes a `UserError` of one line."
+    try: return load(name)
+    except (OSError, RuntimeError, ValueError) as e:
+        near, why = difflib.get_close_matches(name, names(), n=3), (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f'{library} does not load {name!r} ({why}): ' + (f"did you mean {' or '.join(near)}?" if near else 'check the name, and the network where it has to be fetched')) from e
+
+# %% ../nbs/09_clip.ipynb #c197
 class TimmTower(nn.Module):
     "An image tower whose trunk is a timm model."
     def __init__(self,
@@ -554,7 +575,9 @@ class TimmTower(nn.Module):
         **kwargs, # of `timm.create_model`, such as `pretrained` or `img_size`
     ):
         super().__init__()
-        if isinstance(trunk, str): trunk = need('timm', 'timm', 'a timm image tower').create_model(trunk, num_classes=0, **kwargs)
+        if isinstance(trunk, str):
+            timm = need('timm', 'timm', 'a timm image tower')
+            trunk = _named('timm', partial(timm.create_model, num_classes=0, **kwargs), trunk, timm.list_models)
         self.trunk, self.still = trunk, [] # `still`: batch norms that learn no statistics
         self.head = nn.Linear(getattr(trunk, 'head_hidden_size', None) or trunk.num_features, embed_dim, bias=False)
 
@@ -563,9 +586,10 @@ class TimmTower(nn.Module):
         z_BE, (h, w) = self.head(self.trunk.forward_head(f, pre_logits=True)), _timm_grid(self.trunk, f, image_BCHW)
         return z_BE, Out(tokens=lambda: _timm_tokens(self.trunk, f), ids=torch.arange(h * w, device=f.device).expand(len(f), -1), grid=(h, w))
 
-# %% ../nbs/09_clip.ipynb #c198
+# %% ../nbs/09_clip.ipynb #c201
 def _lock_timm(self, unlocked_groups=0, freeze_bn_stats=False):
     "Freeze the trunk but for its last groups; the head goes on learning."
+    if not hasattr(self.trunk, 'group_matcher'): raise UserError(f'the timm trunk {type(self.trunk).__name__} names no groups of layers: freeze the parameters of `trunk` one by one, with `requires_grad_(False)`')
     groups = need('timm.models', 'timm').group_parameters(self.trunk, self.trunk.group_matcher())
     _lock([[self.trunk.get_parameter(n) for n in groups[i]] for i in sorted(groups)], unlocked_groups)
     norms = [m for m in self.trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -580,7 +604,7 @@ def _train_timm(self, mode=True):
 
 TimmTower.lock, TimmTower.train = _lock_timm, _train_timm
 
-# %% ../nbs/09_clip.ipynb #c201
+# %% ../nbs/09_clip.ipynb #c204
 HF_POOLS = dict(mean=lambda x_BTD, real_BT: (x_BTD * real_BT[..., None]).sum(1) / real_BT.sum(1, keepdim=True), first=lambda x_BTD, real_BT: x_BTD[:, 0])
 
 class HFTower(nn.Module):
@@ -592,7 +616,7 @@ class HFTower(nn.Module):
     ):
         super().__init__()
         if pool not in HF_POOLS: raise unknown('text pool', pool, HF_POOLS)
-        if isinstance(trunk, str): trunk = need('transformers', 'transformers', 'a Hugging Face text tower').AutoModel.from_pretrained(trunk)
+        if isinstance(trunk, str): trunk = _named('transformers', need('transformers', 'transformers', 'a Hugging Face text tower').AutoModel.from_pretrained, trunk)
         self.trunk = trunk.get_encoder() if getattr(trunk.config, 'is_encoder_decoder', False) else trunk
         self.pool, self.head = HF_POOLS[pool], nn.Linear(trunk.config.hidden_size, embed_dim, bias=False)
 
@@ -602,7 +626,7 @@ class HFTower(nn.Module):
         x_BTD = self.trunk(input_ids=ids_BT, attention_mask=real_BT.long()).last_hidden_state
         return self.head(self.pool(x_BTD, real_BT)), Out(tokens=x_BTD, mask=real_BT)
 
-# %% ../nbs/09_clip.ipynb #c204
+# %% ../nbs/09_clip.ipynb #c207
 def _lock_hf(self, unlocked_layers=0):
     "Freeze the trunk but for its last layers; the head goes on learning."
     layers = list(next(m for m in self.trunk.modules() if isinstance(m, nn.ModuleList)))

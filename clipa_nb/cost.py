@@ -175,8 +175,9 @@ def hours(
     flops: float,            # the work
     flops_per_second: float, # the peak of one device, or a measured rate
     mfu: float = 1.0,        # share of that rate that training reaches
-) -> float: # hours of one device
+) -> float: # hours of one device; raises `UserError` for a share that is none
     "Device hours for an amount of work."
+    if not 0 < mfu <= 1: raise UserError(f'mfu {mfu}: expected a share of the peak, 0 < mfu ≤ 1, such as 0.4')
     return flops / (flops_per_second * mfu) / 3600
 
 # %% ../nbs/03_cost.ipynb #c060

@@ -88,10 +88,11 @@ def write_shards(
     per_shard: int = 1000, # samples in a tar
 ) -> list: # of paths, 000000.tar …
     "Write image–text pairs as shards; `sizes.json` appears last, when all is there."
+    if per_shard < 1: raise UserError(f'per_shard {per_shard}: expected 1 sample or more')
     out, samples, sizes = Path(out), iter(samples), {}
-    _claim(out)
+    if (first := next(samples, None)) is None: raise UserError(f'there are no samples to write into {out}')
+    samples = itertools.chain([first], samples); _claim(out)
     while n := write_shard(out / (name := f'{len(sizes):06d}.tar'), itertools.islice(samples, per_shard)): sizes[name] = n
-    if not sizes: raise UserError(f'there are no samples to write into {out}')
     _finish(out, sizes)
     return [out / name for name in sizes]
 

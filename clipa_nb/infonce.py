@@ -6,7 +6,7 @@
 __all__ = ['contrastive', 'clamp_scale', 'targets', 'widens', 'auto_chunk', 'info_nce', 'sigmoid_loss', 'Contrastive', 'Sigmoid']
 
 # %% ../nbs/10_infonce.ipynb #c002
-import functools, math
+import functools, math, numbers
 import torch
 import torch.nn.functional as F
 from .core import LOCAL, UserError
@@ -15,7 +15,7 @@ from .core import LOCAL, UserError
 def _direction(logits, targets, smoothing):
     "Cross-entropy of each row, averaged; targets are columns [b] or distributions over the columns [b, M]."
     logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-    if targets.ndim == 1: hit_b = logp.gather(1, targets[:, None])[:, 0]
+    if targets.ndim == 1: hit_b = logp.gather(1, targets.long()[:, None])[:, 0]
     else: hit_b = (targets * logp.masked_fill(targets == 0, 0)).sum(1)
     if smoothing: hit_b = (1 - smoothing) * hit_b + smoothing * logp.mean(1)
     return -hit_b.mean()
@@ -23,19 +23,23 @@ def _direction(logits, targets, smoothing):
 # %% ../nbs/10_infonce.ipynb #c015
 def _check_direction(side, logits, targets, check):
     "Refuse similarities and targets that do not fit one another."
+    if not (torch.is_tensor(logits) and torch.is_tensor(targets)):
+        raise UserError(f'similarities and targets of the {side}s: {type(logits).__name__} and {type(targets).__name__}, expected tensors')
     if logits.ndim != 2 or not logits.is_floating_point() or not logits.numel():
         raise UserError(f'similarities of the {side}s: {tuple(logits.shape)} of {logits.dtype}, expected floating point [b, M]')
-    b, M = logits.shape
-    if targets.shape == (b,) and not targets.is_floating_point(): wrong = (targets < 0) | (targets >= M) if check else None
-    elif targets.shape == (b, M) and targets.is_floating_point(): wrong = ((targets.sum(1) - 1).abs() > 1e-3) | (targets < 0).any(1) if check else None
-    else: raise UserError(f'targets of the {side}s: {tuple(targets.shape)} of {targets.dtype}, expected {b} integers (the right columns) or floats [{b}, {M}] (a distribution for each row)')
+    (b, M), kind = logits.shape, targets.dtype
+    if targets.shape == (b,) and not (kind.is_floating_point or kind.is_complex or kind == torch.bool):
+        wrong = (targets.long() < 0) | (targets.long() >= M) if check else None
+    elif targets.shape == (b, M) and kind.is_floating_point:
+        wrong = ((targets.float().sum(1) - 1).abs() > max(1e-3, torch.finfo(kind).eps)) | (targets < 0).any(1) if check else None
+    else: raise UserError(f'targets of the {side}s: {tuple(targets.shape)} of {kind}, expected {b} integers (the right columns) or floats [{b}, {M}] (a distribution for each row)')
     if check and wrong.any(): raise UserError(f'targets of the {side}s: row {wrong.nonzero()[0].item()} is neither a column from 0 to {M - 1} nor a distribution that sums to 1')
 
 # %% ../nbs/10_infonce.ipynb #c018
 def contrastive(
     logits_image, # [b, M] scaled similarities of each image with M texts; columns may have no row of their own
     logits_text, # [b, M'] of each text with M' images; need not be the other's transpose
-    targets_image, # [b] the right column of each image, or [b, M] a distribution over the columns (soft targets)
+    targets_image, # [b] integers, the right column of each image, or [b, M] a distribution over the columns (soft targets)
     targets_text, # the same for the texts
     label_smoothing: float = 0., # this share of every target is spread evenly over the columns
     check: bool = False, # look at the targets' values too (stalls a GPU); shapes are always checked
@@ -52,9 +56,10 @@ def contrastive(
 @torch.no_grad()
 def clamp_scale(
     logit_scale, # the parameter: the logarithm of the scale; changed in place
-    most: float = 100., # the largest scale, at least 1 (torch lineage); 0 or None: never clamped (JAX)
+    most: float = 100., # the largest scale, at least 1 (torch lineage), or `UserError`; 0 or None: never clamped (JAX)
 ):
     "Keep the scale between 1 and `most`, after the optimiser's step."
+    if most and not most >= 1: raise UserError(f'a largest scale of {most}: expected 0 (never clamp) or at least 1')
     if most: logit_scale.clamp_(0, math.log(most))
 
 # %% ../nbs/10_infonce.ipynb #c035
@@ -72,7 +77,7 @@ class _Targets:
     "Which columns of everybody's are right for which of this rank's rows."
     def __init__(self, b, key_b, comm, device=None):
         self.offset, self.plain = comm.rank * b, key_b is None
-        self.key_B = torch.arange(b * comm.size, device=device) if self.plain else comm.gather(key_b.to(device))
+        self.key_B = torch.arange(b * comm.size, device=device) if self.plain else comm.gather(key_b.to(device, torch.int64))
         order = self.key_B.sort().values
         count = lambda side: torch.searchsorted(order, self.key_B, right=side)
         self.count_B = None if self.plain else count(True) - count(False)
@@ -137,18 +142,23 @@ def _scaled(scale, a_hE, b_wE):
     return scale * _Product.apply(a_hE, b_wE) if a_hE.dtype == torch.bfloat16 else scale * a_hE @ b_wE.T
 
 # %% ../nbs/10_infonce.ipynb #c060
-def _complaint(image_bE, text_bE, key, chunk, label_smoothing=0.):
-    "What is wrong with this rank's input, in one line, or ''."
+def _complaint(image_bE, text_bE, key, chunk, **factors):
+    "What is wrong with this rank's input, in one line, or ''; `factors` are the numbers: scale, bias, label smoothing."
+    for name, v in {'image features': image_bE, 'text features': text_bE, **({} if key is None else {'key': key})}.items():
+        if not torch.is_tensor(v): return f'{name} of type {type(v).__name__}: expected a tensor'
     if image_bE.ndim != 2 or image_bE.shape != text_bE.shape or not image_bE.numel():
         return f'image features {tuple(image_bE.shape)} and text features {tuple(text_bE.shape)}: expected both as [b, E], one row a pair'
     if not (image_bE.is_floating_point() and text_bE.is_floating_point()):
         return f'features of type {image_bE.dtype} and {text_bE.dtype}: expected floating point'
     if image_bE.device != text_bE.device: return f'image features on {image_bE.device}, text features on {text_bE.device}: expected one device'
-    if key is not None and (key.shape != image_bE.shape[:1] or key.is_floating_point()):
+    if key is not None and (key.shape != image_bE.shape[:1] or key.is_floating_point() or key.is_complex()):
         return f'key of shape {tuple(key.shape)} and type {key.dtype}: expected {len(image_bE)} integers, one a pair'
     if not (chunk is None or chunk == 'auto' or (type(chunk) is int and chunk > 0)): return f"chunk {chunk!r}: expected None, a positive integer or 'auto'"
-    if not 0 <= label_smoothing < 1: return f'label smoothing {label_smoothing}: expected a share from 0 to below 1'
-    return ''
+    for name, v in factors.items():
+        if not (isinstance(v, numbers.Real) or torch.is_tensor(v) and v.numel() == 1 and not v.is_complex()):
+            return f"{name.replace('_', ' ')} {tuple(v.shape) if torch.is_tensor(v) else repr(v)}: expected a number or a tensor of one"
+    share = factors.get('label_smoothing', 0.)
+    return '' if 0 <= share < 1 else f'label smoothing {share}: expected a share from 0 to below 1'
 
 # %% ../nbs/10_infonce.ipynb #c063
 def _agree(complaint, options, comm):
@@ -178,19 +188,19 @@ def _complaint_about_values(image_bE, text_bE):
     return ''
 
 # %% ../nbs/10_infonce.ipynb #c070
-def _ready(image_bE, text_bE, key, comm, chunk, check, label_smoothing=0.):
+def _ready(image_bE, text_bE, key, comm, chunk, check, label_smoothing=0., **factors):
     "Refuse bad input on all ranks together; features in the type to multiply, the type of the results, targets, chunk."
-    complaint = _complaint(image_bE, text_bE, key, chunk, label_smoothing)
+    names = 'b (rows)', 'E (width)', 'bits of a feature', 'having a key', 'streaming', 'millionths of label smoothing'
+    complaint = _complaint(image_bE, text_bE, key, chunk, label_smoothing=label_smoothing, **factors)
     if check and not complaint: complaint = _complaint_about_values(image_bE, text_bE)
-    b, E, *_ = *image_bE.shape, 0, 0
-    if not complaint and chunk == 'auto': chunk = auto_chunk(b, b * comm.size, image_bE.device.type)
+    if complaint: _agree(complaint, dict.fromkeys(names, 0), comm)
+    (b, E), device = image_bE.shape, image_bE.device
+    if chunk == 'auto': chunk = auto_chunk(b, b * comm.size, device.type)
     kind = torch.promote_types(image_bE.dtype, text_bE.dtype)
-    keep = kind == torch.bfloat16 and widens(image_bE.device.type)
-    wide, smoothed = torch.promote_types(kind, torch.float32), 0 if complaint else int(1e6 * label_smoothing)
-    _agree(complaint, {'b (rows)': b, 'E (width)': E, 'bits of a feature': kind.itemsize * 8, 'having a key': key is not None,
-                       'streaming': chunk is not None, 'millionths of label smoothing': smoothed}, comm)
-    move = lambda x: x.to(kind if keep else wide)
-    return move(image_bE), move(text_bE), wide, _Targets(b, key, comm, image_bE.device), chunk
+    wide = torch.promote_types(kind, torch.float32)
+    sent = kind if kind == torch.bfloat16 and widens(device.type) else wide
+    _agree('', dict(zip(names, (b, E, sent.itemsize * 8, key is not None, chunk is not None, int(1e6 * label_smoothing)))), comm)
+    return image_bE.to(sent), text_bE.to(sent), wide, _Targets(b, key, comm, device), chunk
 
 def auto_chunk(
     b: int, # rows on this rank
@@ -252,13 +262,12 @@ def _statistics(image_bE, text_BE, scale, right, chunk):
 
 # %% ../nbs/10_infonce.ipynb #c091
 def _merge_columns(of_cols, right, comm):
-    "Complete the sums of the columns over ranks, in place: one all-reduce of maxima, one of sums."
+    "Complete the sums of the columns over ranks, in place: one all-reduce of maxima, one of sums, with keys one of hits."
     if comm.size == 1: return
     top_B = comm.all_max(of_cols.top_n)
     total_B = of_cols.total_n * (of_cols.top_n - top_B).exp()
-    if right.plain: total_B = comm.all_sum(total_B)
-    else: total_B, of_cols.hit_n = comm.all_sum(torch.stack([total_B, of_cols.hit_n]))
-    of_cols.top_n, of_cols.total_n = top_B, total_B
+    of_cols.top_n, of_cols.total_n = top_B, comm.all_sum(total_B)
+    if not right.plain: of_cols.hit_n = comm.all_sum(of_cols.hit_n)
 
 # %% ../nbs/10_infonce.ipynb #c094
 def _slope(of_rows, of_cols, right, g_image, g_text, smoothing):
@@ -319,14 +328,14 @@ def info_nce(
     text_bE, # this rank's text features; row by row their partners
     scale, # inverse temperature, already exponentiated: a number or a tensor of one
     *,
-    key=None, # [b] integers: pairs with equal keys are positives of one another (UniCL); None: only partners are
+    key=None, # [b] integers, a tensor of any integer type: pairs with equal keys are positives of one another (UniCL); None: only partners are
     comm=LOCAL, # who shares the batch
     chunk=None, # None: the plain form; an integer: the side of a tile; 'auto': `auto_chunk` decides
     label_smoothing: float = 0., # this share of every target is spread evenly over the global batch
     check: bool = False, # look at the values too (stalls a GPU); shapes are always checked
 ) -> dict: # 'loss', 'loss_image', 'loss_text': means over this rank's rows; raises `UserError` on all ranks
     "Symmetric InfoNCE over the global batch, in fp32 at least."
-    image_bE, text_bE, wide, right, chunk = _ready(image_bE, text_bE, key, comm, chunk, check, label_smoothing)
+    image_bE, text_bE, wide, right, chunk = _ready(image_bE, text_bE, key, comm, chunk, check, label_smoothing, scale=scale)
     scale = torch.as_tensor(scale, device=image_bE.device).to(wide).reshape(())
     with torch.autocast(image_bE.device.type, enabled=False):
         if chunk is None: return _plain(image_bE, text_bE, scale, right, comm, label_smoothing)
@@ -375,13 +384,13 @@ def sigmoid_loss(
     scale, # inverse temperature, already exponentiated: a number or a tensor of one
     bias, # added to every similarity: a number or a tensor of one; SigLIP begins with −10
     *,
-    key=None, # [b] integers: pairs with equal keys belong together; None: only partners do
+    key=None, # [b] integers, a tensor of any integer type: pairs with equal keys belong together; None: only partners do
     comm=LOCAL, # who shares the batch
     chunk=None, # None: the plain form; an integer: the side of a tile; 'auto': `auto_chunk` decides
     check: bool = False, # look at the values too (stalls a GPU); shapes are always checked
 ) -> dict: # 'loss', and its parts 'loss_positive', 'loss_negative': means over this rank's rows; raises `UserError` on all ranks
     "SigLIP's loss over all pairs of the global batch, in fp32 at least."
-    image_bE, text_bE, wide, right, chunk = _ready(image_bE, text_bE, key, comm, chunk, check)
+    image_bE, text_bE, wide, right, chunk = _ready(image_bE, text_bE, key, comm, chunk, check, scale=scale, bias=bias)
     scale, bias = (torch.as_tensor(v, device=image_bE.device).to(wide).reshape(()) for v in (scale, bias))
     with torch.autocast(image_bE.device.type, enabled=False):
         if chunk is None: positive, negative = _plain_sigmoid(image_bE, text_bE, scale, bias, right, comm)

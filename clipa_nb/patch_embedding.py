@@ -63,6 +63,7 @@ class PatchEmbed(nn.Module):
         bias: bool = False, # the published models have none
     ):
         super().__init__()
+        grid_of(patch, patch, patch) # a wrong patch is found now, not in the first step
         self.patch, std = patch, (3 * patch**2)**-0.5
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch)) # the published layout
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
@@ -104,7 +105,7 @@ def speeds(
 ) -> torch.Tensor: # [D/4], float64 (float32 on a device that has no more)
     "The angular speeds of the sin-cos positions, from 1 down to about 1/10000."
     if form not in FORMS: raise unknown('form of sin-cos positions', form, FORMS)
-    if width < 4 or width % 4: raise UserError(f'sin-cos positions of width {width}: expected a multiple of 4, use {max(1, width // 4) * 4} or {width // 4 * 4 + 4}')
+    if width < 4 or width % 4: raise UserError(f'sin-cos positions of width {width}: expected a multiple of 4, use {_fitting(width, 4)}')
     dtype = torch.float32 if torch.device(device).type == 'mps' else torch.float64
     return 10_000.0 ** -(torch.arange(width // 4, dtype=dtype, device=device) / FORMS[form](width // 4))
 
@@ -146,11 +147,12 @@ class SinCos(nn.Module):
         "[n_prefix + N, D], made once for each grid, device and dtype."
         key = tuple(grid), torch.device(device or 'cpu'), dtype or torch.get_default_dtype()
         if torch.compiler.is_compiling(): return self.table(*key)
-        if key not in self._made:
+        table, version = self._made.get(key, (None, 0))
+        if table is None or table._version != version:
             with torch.inference_mode(False): table = self.table(*key)
             if type(table) is not torch.Tensor: return table
-            self._made = {**dict(list(self._made.items())[-15:]), key: table}
-        return self._made[key]
+            self._made = {**dict(list(self._made.items())[-15:]), key: (table, table._version)}
+        return table
 
     def extra_repr(self): return f'width={self.width}, form={self.form}, n_prefix={self.n_prefix}'
 

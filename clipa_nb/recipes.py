@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOY', 'J', 'H14', 'L16', 'RECIPES', 'Stage', 'Data', 'Recipe', 'stage_model', 'recipe', 'changes', 'stage_plan',
            'smoke', 'train_config', 'stage_transform', 'toy_tagger', 'stage_text', 'toy_world', 'toy_samples',
-           'toy_sets', 'digit_set', 'toy_questions', 'toy_suite', 'best_captions']
+           'check_toy', 'toy_sets', 'digit_set', 'toy_questions', 'toy_suite', 'best_captions']
 
 # %% ../nbs/17_recipes.ipynb #c002
 import io
@@ -33,7 +33,7 @@ class Stage(Config):
     image_ratio: float = 0. # share of the patches that is dropped
     context_length: int = 9 # text tokens, special ones included
     text_strategy: str = 'syntax' # 'truncate', 'random', 'block' or 'syntax': which words are kept
-    samples: int = 0 # image–text pairs seen
+    samples: int = 128 # image–text pairs seen
     batch_size: int = 128 # global: over all ranks and chunks
     base_lr: float = 3e-3 # peak learning rate per 256 samples
     warmup: int = 100 # steps
@@ -45,6 +45,10 @@ class Stage(Config):
     jitter: float = 0. # probability of colour jitter (0.8 in the papers' "J")
     gray: float = 0. # probability of dropping colour (0.2 in "J")
     frozen: tuple[str, ...] = () # name patterns of parameters that do not learn
+
+    def __post_init__(self):
+        for k, low, high in (('samples', 1, None), ('batch_size', 1, None), ('base_lr', 0, None), ('warmup', 0, None), ('weight_decay', 0, None), ('beta2', 0, 1), ('eps', 0, None)):
+            if not low <= getattr(self, k) < (high or float('inf')): raise UserError(f"stage {self.name}: {k} is {getattr(self, k)}, expected {low} or more{f' and less than {high}' if high else ''}")
 
     @property
     def steps(self) -> int: return max(1, self.samples // self.batch_size)
@@ -161,8 +165,9 @@ def stage_plan(
     "What one stage will take."
     s, m = recipe.stages[i], stage_model(recipe, i)
     if s.context_length < 2: raise UserError(f'stage {s.name}: a context of {s.context_length} has no room for a word beside the special token: use 2 or more')
-    if s.image_size % m.patch: raise UserError(f'stage {s.name}: an image of {s.image_size} pixels is not divisible by the patch of {m.patch}: use {s.image_size // m.patch * m.patch or m.patch} or {(s.image_size // m.patch + 1) * m.patch}')
-    grid = (s.image_size // m.patch,) * 2
+    n = s.image_size // m.patch
+    if s.image_size % m.patch: raise UserError(f"stage {s.name}: an image of {s.image_size} pixels is not divisible by the patch of {m.patch}: use {f'{n * m.patch} or ' if n > 0 else ''}{max(n + 1, 1) * m.patch}")
+    grid = (n, n)
     kept = n_keep(s.image_strategy, grid, s.image_ratio)
     held = dict(checkpointing=m.checkpointing, vocab=m.vocab_size, context=s.context_length)
     out = dict(stage=s.name, **plan(m, kept + m.cls, s.context_length, s.batch_size, s.steps, s.image_size, ranks, **held))
@@ -247,6 +252,16 @@ def toy_samples(
             yield f'{start + i:09d}', buffer.getvalue(), text, {'label': int(label)}
 
 # %% ../nbs/17_recipes.ipynb #c056
+def check_toy(
+    recipe: Recipe, # any; one that is no toy has nothing to draw
+    seed: int = 0, # of the run
+): # raises `UserError` for a world, a dial, a number or a size that cannot be drawn
+    "Draw one picture in every size that a toy run needs."
+    if recipe.data.kind != 'toy': return
+    for size in sorted({recipe.data.size, *(s.image_size for s in recipe.stages)}):
+        if not list(toy_samples(recipe.data.replace(n=min(1, recipe.data.n), size=size), seed)): raise UserError(f'a toy world of {recipe.data.n} pairs: expected 1 or more')
+
+# %% ../nbs/17_recipes.ipynb #c059
 def toy_sets(
     data: Data, # the toy world and its dials
     size: int, # pixels
@@ -272,7 +287,7 @@ def toy_sets(
     out['pairs'] = dict(image=render(pool[first], size), text=[text[i] for i in first])
     return out
 
-# %% ../nbs/17_recipes.ipynb #c059
+# %% ../nbs/17_recipes.ipynb #c062
 def digit_set(
     size: int, # pixels
 ) -> dict: # uint8 images and labels 0–9; raises `UserError` without scikit-learn
@@ -282,7 +297,7 @@ def digit_set(
     x = torch.nn.functional.interpolate(x, size=(size, size), mode='bilinear', align_corners=False)
     return dict(image=x.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), label=torch.from_numpy(digits.target))
 
-# %% ../nbs/17_recipes.ipynb #c062
+# %% ../nbs/17_recipes.ipynb #c065
 def toy_questions(
     sets: dict, # from `toy_sets`
     digits: dict = None, # from `digit_set`
@@ -301,7 +316,7 @@ def toy_questions(
     out.update({k: (v, class_names('digits')) for k, v in drawn.items() if v})
     return out
 
-# %% ../nbs/17_recipes.ipynb #c065
+# %% ../nbs/17_recipes.ipynb #c068
 @torch.no_grad()
 def toy_suite(
     model, # any model of chapter 09's interface
@@ -324,7 +339,7 @@ def toy_suite(
     got = retrieval(model, rows, ks=(1, 5), comm=comm)
     return {**out, **{f'val/{k}': v for k, v in got.items() if 'R@' in k}, 'val/pairs': float(len(ids))}
 
-# %% ../nbs/17_recipes.ipynb #c070
+# %% ../nbs/17_recipes.ipynb #c073
 @torch.no_grad()
 def best_captions(
     model, # trained

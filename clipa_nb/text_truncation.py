@@ -75,14 +75,14 @@ def block_words(
     while stop < n and len(words[stop][1]) <= room: room -= len(words[stop][1]); stop += 1
     return truncate(words[start:max(stop, start + 1)], k)
 
-# %% ../nbs/07_text_truncation.ipynb #c024
+# %% ../nbs/07_text_truncation.ipynb #c025
 def priority(
     tag: str, # Penn Treebank: NN, NNS, NNP, JJ, VBZ …
 ) -> int: # 0 for nouns, 1 for adjectives, 2 for verbs, 3 for the rest
     "CLIPA's order of importance (CLIPA, both lineages)."
     return {'NN': 0, 'JJ': 1, 'VB': 2}.get(tag[:2], 3)
 
-# %% ../nbs/07_text_truncation.ipynb #c027
+# %% ../nbs/07_text_truncation.ipynb #c028
 def _ranks(tagger, words):
     "The priority of each word; `UserError` where the tagger gives no tag for one."
     tags = list(tagger(words))
@@ -91,7 +91,7 @@ def _ranks(tagger, words):
     if wrong: raise UserError(f'{tagger} gave the tag {wrong[0]!r}, expected Penn Treebank tags such as NN: strings, one for each word')
     return list(map(priority, tags))
 
-# %% ../nbs/07_text_truncation.ipynb #c030
+# %% ../nbs/07_text_truncation.ipynb #c031
 def vocabulary_ranks(
     vocabulary, # the pieces in the order of their ids: `tokenizer.pieces`
     tagger, # list of words → list of tags
@@ -101,7 +101,7 @@ def vocabulary_ranks(
     tokens = (re.findall(r'[^\W_]+|[^\w\s]|_', p.removeprefix('##').removesuffix('</w>')) for p in vocabulary)
     return bytes(_ranks(tagger, t)[-1] if t else 3 for t in tokens)
 
-# %% ../nbs/07_text_truncation.ipynb #c033
+# %% ../nbs/07_text_truncation.ipynb #c034
 class _Memory(dict):
     "word → priority, asked of a context-free tagger on first sight; emptied when it holds `limit` words."
     def __init__(self, tagger, limit=2**16):
@@ -116,7 +116,7 @@ class _Memory(dict):
 
     def __reduce__(self): return type(self), (self.tagger, self.limit)
 
-# %% ../nbs/07_text_truncation.ipynb #c036
+# %% ../nbs/07_text_truncation.ipynb #c037
 class syntax:
     "A strategy: nouns first, then adjectives, verbs, the rest; among equals the earlier; in the caption's order."
     def __init__(self,
@@ -143,7 +143,7 @@ class syntax:
         order = sorted(range(n), key=self.ranks(words).__getitem__)
         return truncate([words[w] for w in sorted(order[:k])], k) if self.official else _fill(words, order, k)
 
-# %% ../nbs/07_text_truncation.ipynb #c039
+# %% ../nbs/07_text_truncation.ipynb #c040
 _CLOSED = {
     'DT': 'a an the this that these those each every some any no another both all either neither',
     'IN': '''in on at of with by for from into onto over under above below behind beside besides between near next along across through throughout during after
@@ -157,7 +157,7 @@ _CLOSED = {
     'CD': '''one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
         forty fifty sixty seventy eighty ninety hundred thousand million billion zero''', 'UH': 'please hello hi oh wow yes hey'}
 
-# %% ../nbs/07_text_truncation.ipynb #c041
+# %% ../nbs/07_text_truncation.ipynb #c042
 def _third(verb):
     "The third person of a regular verb."
     if verb[-1] == 'y' and verb[-2] not in 'aeiou': return verb[:-1] + 'ies'
@@ -170,7 +170,7 @@ def _degrees(adjective):
     if re.fullmatch(r'[^aeiou]*[aeiou][bdgmnpt]', adjective): stem = adjective + adjective[-1]
     return stem + 'er', stem + 'est'
 
-# %% ../nbs/07_text_truncation.ipynb #c044
+# %% ../nbs/07_text_truncation.ipynb #c045
 @functools.lru_cache
 def _lexicon():
     "(word → tag of the closed classes and the short lexicon, words that can be the plain form of a verb)."
@@ -184,7 +184,7 @@ def _lexicon():
             if tag != 'VBZ+': known.setdefault(w, tag.rstrip('+'))
     return known, verbs
 
-# %% ../nbs/07_text_truncation.ipynb #c047
+# %% ../nbs/07_text_truncation.ipynb #c048
 _ENDINGS = (('ing', 3, 'VBG'), ('ed', 3, 'VBN'), ('ly', 3, 'RB'), ('ous', 2, 'JJ'), ('ful', 3, 'JJ'), ('less', 3, 'JJ'), ('proof', 3, 'JJ'), ('made', 3, 'JJ'),
             ('able', 3, 'JJ'), ('ible', 3, 'JJ'), ('ive', 4, 'JJ'), ('ish', 3, 'JJ'), ('ic', 4, 'JJ'), ('ical', 2, 'JJ'), ('al', 4, 'JJ'), ('ese', 4, 'JJ'),
             ('esque', 3, 'JJ'), ('ize', 4, 'VB'), ('ify', 2, 'VB'))
@@ -199,16 +199,16 @@ def _rule_tag(word):
     tag = next((tag for end, stem, tag in _ENDINGS if w.endswith(end) and len(w) >= stem + len(end)), None)
     return tag or ('NNS' if w.endswith('s') and not w.endswith('ss') else 'NN')
 
-# %% ../nbs/07_text_truncation.ipynb #c050
+# %% ../nbs/07_text_truncation.ipynb #c051
 def rule_tagger(
     words, # each is judged alone
 ) -> list: # Penn Treebank tags, one for each
     "A small English tagger without downloads and without context."
-    return [_rule_tag(w) for w in words]
+    return [_rule_tag(w) if len(w) <= 64 else _rule_tag.__wrapped__(w) for w in words]
 
 rule_tagger.context_free = True
 
-# %% ../nbs/07_text_truncation.ipynb #c053
+# %% ../nbs/07_text_truncation.ipynb #c054
 def context_tagger(
     words, # a whole caption
 ) -> list: # Penn Treebank tags, one for each
@@ -224,7 +224,7 @@ def context_tagger(
         elif tag in ('VB', 'VBP') and w in verbs and before in ('DT', 'PRP$', 'JJ', 'VBG', 'VBN'): tags[i] = 'NN'
     return tags
 
-# %% ../nbs/07_text_truncation.ipynb #c056
+# %% ../nbs/07_text_truncation.ipynb #c057
 class lexicon_tagger:
     "A tagger that looks words up, and asks another one about those it does not know."
     def __init__(self,
@@ -239,7 +239,7 @@ class lexicon_tagger:
         tags = [self.lexicon.get(w.lower()) for w in words]
         return tags if None not in tags else [t or other for t, other in zip(tags, self.fallback(words))]
 
-# %% ../nbs/07_text_truncation.ipynb #c059
+# %% ../nbs/07_text_truncation.ipynb #c060
 class nltk_tagger:
     "NLTK's averaged perceptron, with context; raises `UserError` where the package or its data is missing."
     def __init__(self): self(['cat'])
@@ -253,7 +253,7 @@ class nltk_tagger:
         try: return [tag for _, tag in pos_tag(list(words))]
         except (LookupError, OSError) as e: raise UserError("NLTK's tagger has no data: python -m nltk.downloader averaged_perceptron_tagger_eng averaged_perceptron_tagger, or take rule_tagger") from e
 
-# %% ../nbs/07_text_truncation.ipynb #c067
+# %% ../nbs/07_text_truncation.ipynb #c070
 TEXT_STRATEGIES = ('truncate', 'random', 'block', 'syntax')
 
 def text_strategy(

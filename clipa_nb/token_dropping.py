@@ -63,9 +63,10 @@ def _window(ratio):
 # %% ../nbs/05_token_dropping.ipynb #c032
 def _no_window(ratio, sides, where):
     "The error for a ratio that no window has, with the nearest that one of the `sides` has."
-    near = [1 - 1 / s**2 for s in sorted(sides)]
-    near = [*[v for v in near if v < ratio][-1:], *[v for v in near if v > ratio][:1]]
-    return UserError(f"grid dropping keeps one patch of every s×s, a ratio of 1 − 1/s²: found {ratio}, expected {' or '.join(f'{v:.3f}' for v in near)}, the nearest {where}")
+    true = {s: 1 - 1 / s**2 for s in sorted(sides)}
+    near = [*[s for s in true if true[s] < ratio][-1:], *[s for s in true if true[s] > ratio][:1]]
+    said = [next(v for v in (f'{true[s]:.{n}f}' for n in range(3, 17)) if float(v) < 1 and _window(float(v)) == s) for s in near]
+    return UserError(f"grid dropping keeps one patch of every s×s, a ratio of 1 − 1/s²: found {ratio}, expected {' or '.join(said)}, the nearest {where}")
 
 # %% ../nbs/05_token_dropping.ipynb #c035
 def _stride(grid, ratio):
@@ -191,13 +192,15 @@ class TokenDrop(nn.Module):
         self.strategy = strategy if callable(strategy) else IMAGE_STRATEGIES[strategy]
         (_all if strategy == 'none' else _patches)((1, 1), ratio) # a wrong ratio is found now, not in the first step
         if strategy == 'grid' and not _window(ratio): raise _no_window(ratio, range(1, 65), 'there are')
+        if n_prefix < 0: raise UserError(f'found n_prefix = {n_prefix}, expected 0 or more: the tokens in front that belong to no patch, 1 for a class token')
         self.ratio, self.n_prefix = ratio, n_prefix
 
     def forward(self, x_BND, grid):
         (b, rows), (h, w), p = x_BND.shape[:2], grid, self.n_prefix
         if rows != p + _patches((h, w), self.ratio): raise UserError(f'found {rows} tokens, expected {p} + {h}×{w}: pass the grid of the whole image, and drop once')
         if not (self.training and self.ratio): return x_BND, torch.arange(h * w, device=x_BND.device).expand(b, -1)
-        ids_BK = self.strategy(b, (h, w), self.ratio, device=x_BND.device)
+        ids_BK = self.strategy(b, (h, w), self.ratio, device=x_BND.device); kind = getattr(ids_BK, 'dtype', type(ids_BK).__name__)
+        if kind != torch.int64: raise UserError(f'the strategy {self.name} gave {kind}, expected ids [B,K]: an int64 tensor')
         x_BKD = take_tokens(x_BND[:, p:], ids_BK)
         return (torch.cat([x_BND[:, :p], x_BKD], 1) if p else x_BKD), ids_BK
 

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['SHAPE_NAMES', 'N_PAIRED', 'COLOURS', 'DIGITS', 'LETTERS', 'SIZE_NAMES', 'FILLS', 'GROUNDS', 'SIZE_EDGES',
-           'PLACE_EDGE', 'WORLDS', 'SLOTS', 'PAIRS_OF', 'SPACING', 'DISTANCES', 'REACH', 'TILE', 'RIM', 'SHIFTS',
-           'SHADES', 'EN', 'ZH', 'LANGUAGES', 'TEMPLATES', 'pairs', 'World', 'check_world', 'draws', 'pick', 'distinct',
-           'Scenes', 'glyph_masks', 'contents', 'layout', 'scenes', 'disc', 'polygon', 'spokes', 'box', 'heart', 'grid',
-           'atlas', 'frame', 'plane', 'distance', 'wave', 'pattern', 'filled', 'grain', 'windows', 'backdrop',
-           'shifted', 'render', 'Grammar', 'grammar', 'lexicon', 'Facts', 'facts', 'fact_keys', 'style', 'named',
-           'sentence', 'phrases', 'written', 'caption_text', 'Caption', 'captions', 'keys', 'support', 'boxes', 'masks',
-           'labels', 'class_names', 'class_scenes', 'questions']
+           'PLACE_EDGE', 'WORLDS', 'LIMITS', 'COUNTS', 'SLOTS', 'PAIRS_OF', 'SPACING', 'DISTANCES', 'REACH', 'TILE',
+           'RIM', 'SHIFTS', 'SHADES', 'EN', 'ZH', 'LANGUAGES', 'TEMPLATES', 'pairs', 'World', 'check_world', 'draws',
+           'pick', 'distinct', 'Scenes', 'glyph_masks', 'contents', 'layout', 'scenes', 'disc', 'polygon', 'spokes',
+           'box', 'heart', 'grid', 'atlas', 'frame', 'plane', 'distance', 'wave', 'pattern', 'filled', 'grain',
+           'windows', 'backdrop', 'shifted', 'render', 'Grammar', 'grammar', 'lexicon', 'Facts', 'facts', 'fact_keys',
+           'style', 'named', 'sentence', 'phrases', 'written', 'caption_text', 'Caption', 'captions', 'keys', 'support',
+           'boxes', 'masks', 'labels', 'class_names', 'class_scenes', 'questions']
 
 # %% ../nbs/01_toyworld.ipynb #c002
 import dataclasses, functools
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Integral, Real
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -83,19 +84,26 @@ _SMALL = dict(n_objects=(0.5, 0.5), glyphs=0., size_1=(5., 9.), jitter_1=22., si
 WORLDS = dict(demo=World(), rich=World(**_RICH), scattered=World(**{**_RICH, **_SMALL}), glyphs=World(n_objects=(0.8, 0.2), glyphs=1., rotation=12.))
 
 # %% ../nbs/01_toyworld.ipynb #c016
+LIMITS = dict(**dict.fromkeys(('size_1', 'size_2', 'size_3', 'size_glyph'), (1, 32)), jitter_1=(0, 26), jitter_2=(0, 15), jitter_3=(0, 10),
+              rotation=(0, 180), noise=(0, 255), contrast=(0, 1), clutter=(0, 6)) # the smallest and the largest value; all others are probabilities
+COUNTS = dict(n_objects=(1, 2, 3), fills=(3,), grounds=(4,)) # how many probabilities stand in a row
+
+def _numbers(v, n, low, high, kind=Real):
+    "Is this a row of so many numbers within bounds? What is not a number or not finite lies within none."
+    return isinstance(v, (tuple, list)) and len(v) in n and all(isinstance(x, kind) and low <= x <= high for x in v)
+
 def check_world(
     w: World, # any setting
-): # raises `UserError` for what cannot be drawn
+): # raises `UserError` for what cannot be drawn or would not be what its captions say
     "Refuse impossible worlds, naming the dial."
-    chances = ('glyphs', 'opener', 'filler', 'synonyms', 'orders', *(k for k in w.to_dict() if k.startswith('say_')))
-    for k in chances:
-        if not 0 <= getattr(w, k) <= 1: raise UserError(f'{k} is {getattr(w, k)}: a probability lies between 0 and 1')
-    for k, n in dict(n_objects=(1, 2, 3), fills=(3,), grounds=(4,)).items():
-        p, some = getattr(w, k), ' or '.join(map(str, n))
-        if len(p) not in n or min(p) < 0 or sum(p) <= 0: raise UserError(f'{k} is {p}: expected {some} probabilities, not all 0')
-    for k in ('size_1', 'size_2', 'size_3', 'size_glyph'):
-        if not 1 <= getattr(w, k)[0] <= getattr(w, k)[1] <= 32: raise UserError(f'{k} is {getattr(w, k)}: expected smallest and largest half-size, from 1 to 32')
-    if not 0 <= w.clutter <= 6: raise UserError(f'clutter is {w.clutter}: from 0 to 6 specks')
+    if w.language not in ('en', 'zh'): raise unknown('language', w.language, ('en', 'zh'))
+    for dial, default in ((f.name, f.default) for f in dataclasses.fields(World) if f.name != 'language'):
+        v = getattr(w, dial); low, high = LIMITS.get(dial, (0, 1)); want = f'from {low} to {high}'
+        if dial in COUNTS: fine, want = _numbers(v, COUNTS[dial], 0, 1e9) and sum(v) > 0, f"{' or '.join(map(str, COUNTS[dial]))} probabilities, not all 0"
+        elif isinstance(default, tuple): fine, want = _numbers(v, (2,), low, high) and v[0] <= v[1], f'the smallest and the largest value, {want}'
+        elif dial == 'clutter': fine, want = _numbers((v,), (1,), low, high, Integral), f'a whole number {want}'
+        else: fine, want = _numbers((v,), (1,), low, high), f'a number {want}'
+        if not fine: raise UserError(f'{dial} is {v!r}: expected {want}')
 
 # %% ../nbs/01_toyworld.ipynb #c019
 SLOTS = dict(count=0, glyph=1, pair=2, fill=5, font=8, x=11, y=14, half=17, angle=20, axis=23, ground=24, shade=25, level=26, slope=29,
@@ -696,9 +704,9 @@ def phrases(
     if w.synonyms: # a slot's draw is that of its place in the sentence, so that it does not depend on who else is in the batch
         u = draws(sc.seed, f'{name}/{lang}', sc.index, 'words', used[-1] + 1)[:, used] / w.synonyms
         numbers += np.where(u < 1, u * np.stack([g.count[slot][v] for slot, v, _ in parts], axis=1), 0).astype(np.int64)
-    spare = [i for i, p in enumerate(parts) if p[0] in ('lead', 'opener', 'tail')]
-    long = np.flatnonzero(g.length[numbers].sum(1) > 30)
-    if len(spare): numbers[np.ix_(long, spare)] = 0
+    for spare in (('lead', 'opener', 'tail'), ('det',)): # what says nothing goes first
+        long = np.flatnonzero(g.length[numbers].sum(1) > 30)
+        numbers[np.ix_(long, [i for i, p in enumerate(parts) if p[0] in spare])] = 0
     return g, numbers, np.stack([o for *_, o in parts], axis=1), fact_keys(f)
 
 # %% ../nbs/01_toyworld.ipynb #c162

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAUSAL', 'IMPLS', 'LONG', 'ACTS', 'CHECKPOINTING', 'JAX_DEPTH', 'INITS', 'causal_mask', 'pad_mask', 'reading_weights',
-           'attention', 'pick_attention', 'Attention', 'gelu_tanh', 'quick_gelu', 'MLP', 'Block', 'DropPath',
-           'ScaledBlock', 'Encoder', 'xavier_', 'init_encoder']
+           'attention', 'pick_attention', 'Attention', 'gelu_tanh', 'quick_gelu', 'function_name', 'MLP', 'Block',
+           'DropPath', 'ScaledBlock', 'Encoder', 'xavier_', 'init_encoder']
 
 # %% ../nbs/08_transformer.ipynb #c002
 from functools import partial
@@ -69,10 +69,11 @@ def attention(
     v_BHNd, # values
     mask=None, # bool, broadcastable to [B,H,N,N]: True where a query (row) may read a key (column); 'causal'; or None
     impl: str = 'auto', # one of `IMPLS`
-) -> torch.Tensor: # [B,H,N,d]; raises `UserError` for a mask that is not boolean
+) -> torch.Tensor: # [B,H,N,d]; raises `UserError` for a mask that is not boolean and for an unknown `impl`
     "Each token's weighted mean of the values, weighted by how well its query fits their keys."
     if impl == 'auto': impl = pick_attention(q_BHNd.device.type, q_BHNd.dtype, k_BHNd.shape[-2])
     if impl == 'sdpa': return _fused(q_BHNd, k_BHNd, v_BHNd, mask)
+    if impl != 'matmul': raise unknown('attention', impl, IMPLS)
     return reading_weights(q_BHNd, k_BHNd, mask).to(v_BHNd.dtype) @ v_BHNd
 
 # %% ../nbs/08_transformer.ipynb #c041
@@ -134,6 +135,14 @@ def quick_gelu(x):
 ACTS = dict(gelu=F.gelu, gelu_tanh=gelu_tanh, quick_gelu=quick_gelu)
 
 # %% ../nbs/08_transformer.ipynb #c061
+def function_name(
+    f, # a function, one with bound arguments, or any other callable
+) -> str: # such as 'gelu_tanh' or 'eos(eos_id=2)'
+    "A function by its name, with what is bound to it."
+    if isinstance(f, partial): return f"{function_name(f.func)}({', '.join([*map(repr, f.args), *(f'{k}={v!r}' for k, v in f.keywords.items())])})"
+    return getattr(f, '__name__', type(f).__name__)
+
+# %% ../nbs/08_transformer.ipynb #c064
 class MLP(nn.Module):
     "Two linear layers with an activation between, for each token alone."
     def __init__(self,
@@ -143,13 +152,13 @@ class MLP(nn.Module):
     ):
         super().__init__()
         if act not in ACTS: raise unknown('activation', act, ACTS)
-        self.name, self.act = act, ACTS[act]
+        self.act = ACTS[act]
         self.c_fc, self.c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x_BND): return self.c_proj(self.act(self.c_fc(x_BND)))
-    def extra_repr(self): return f'act={self.name!r}'
+    def extra_repr(self): return f'act={function_name(self.act)}'
 
-# %% ../nbs/08_transformer.ipynb #c064
+# %% ../nbs/08_transformer.ipynb #c067
 class Block(nn.Module):
     "Read the others, then think alone; each time on a normalised copy, added back."
     def __init__(self,
@@ -168,7 +177,7 @@ class Block(nn.Module):
         x_BND = x_BND + self.attn(self.ln_1(x_BND), mask)
         return x_BND + self.mlp(self.ln_2(x_BND))
 
-# %% ../nbs/08_transformer.ipynb #c068
+# %% ../nbs/08_transformer.ipynb #c071
 class DropPath(nn.Module):
     "While training, sets the whole of a sample to zero with probability `p`; the others are scaled up, so that the mean stays."
     def __init__(self,
@@ -185,7 +194,7 @@ class DropPath(nn.Module):
 
     def extra_repr(self): return f'p={self.p}'
 
-# %% ../nbs/08_transformer.ipynb #c071
+# %% ../nbs/08_transformer.ipynb #c074
 class ScaledBlock(Block):
     "A block whose branches are scaled by learned vectors and may be skipped in training."
     def __init__(self,
@@ -203,7 +212,7 @@ class ScaledBlock(Block):
         x_BND = x_BND + self.drop(self.ls_1 * self.attn(self.ln_1(x_BND), mask))
         return x_BND + self.drop(self.ls_2 * self.mlp(self.ln_2(x_BND)))
 
-# %% ../nbs/08_transformer.ipynb #c076
+# %% ../nbs/08_transformer.ipynb #c079
 _FUSED = {getattr(torch.ops.aten, name).default for name in (
     '_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_efficient_attention', '_scaled_dot_product_cudnn_attention')
     if hasattr(torch.ops.aten, name)}
@@ -215,14 +224,14 @@ def _dear(ctx, op, *args, **kwargs):
     keep = op in _FUSED or (a is not None and a.shape[1] <= b.shape[1])
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-# %% ../nbs/08_transformer.ipynb #c079
+# %% ../nbs/08_transformer.ipynb #c082
 def _kept(block, x_BND, mask): return block(x_BND, mask)
 def _again(block, x_BND, mask): return checkpoint(block, x_BND, mask, use_reentrant=False)
 def _partly(block, x_BND, mask): return checkpoint(block, x_BND, mask, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _dear))
 
 CHECKPOINTING = dict(none=_kept, full=_again, selective=_partly)
 
-# %% ../nbs/08_transformer.ipynb #c082
+# %% ../nbs/08_transformer.ipynb #c085
 class Encoder(nn.Module):
     "A stack of blocks."
     def __init__(self,
@@ -241,7 +250,7 @@ class Encoder(nn.Module):
         self.width, self.depth, self.heads, self.checkpointing = width, depth, heads, checkpointing
         self.blocks = nn.ModuleList(block(width, heads, mlp, act, ln_eps, impl) for _ in range(depth))
 
-# %% ../nbs/08_transformer.ipynb #c085
+# %% ../nbs/08_transformer.ipynb #c088
 def _encoder_forward(self, x_BND, mask=None):
     "Through all blocks, kept or recomputed as the caller chose."
     run = CHECKPOINTING[self.checkpointing] if torch.is_grad_enabled() else _kept
@@ -250,7 +259,7 @@ def _encoder_forward(self, x_BND, mask=None):
 
 Encoder.forward = _encoder_forward
 
-# %% ../nbs/08_transformer.ipynb #c095
+# %% ../nbs/08_transformer.ipynb #c098
 def xavier_(
     w, # [out,in], or several such matrices stacked in the first axis
     stacked: int = 1, # how many
@@ -259,50 +268,50 @@ def xavier_(
     bound = (6 / (w.shape[0] / stacked + w.shape[1])) ** 0.5
     nn.init.uniform_(w, -bound, bound)
 
-# %% ../nbs/08_transformer.ipynb #c098
+# %% ../nbs/08_transformer.ipynb #c101
 def _weights(block): return block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
 
-# %% ../nbs/08_transformer.ipynb #c101
+# %% ../nbs/08_transformer.ipynb #c104
 def _zero_biases(block):
     for b in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias): nn.init.zeros_(b)
 
-# %% ../nbs/08_transformer.ipynb #c104
+# %% ../nbs/08_transformer.ipynb #c107
 def _jax(block, width, depth):
     _zero_biases(block)
     for w, stacked in zip(_weights(block), (3, 1, 1, 1)): xavier_(w, stacked)
 
-# %% ../nbs/08_transformer.ipynb #c107
+# %% ../nbs/08_transformer.ipynb #c110
 def _normal(block, width, depth):
     std = width**-0.5
     for w, s in zip(_weights(block), (std, std * (2 * depth)**-0.5, (2 * width)**-0.5, std * (2 * depth)**-0.5)): nn.init.normal_(w, std=s)
 
-# %% ../nbs/08_transformer.ipynb #c110
+# %% ../nbs/08_transformer.ipynb #c113
 JAX_DEPTH = 12 # what CLIPA's JAX code takes for the depth of every tower
 
 def _jax_text(block, width, depth):
     _zero_biases(block)
     _normal(block, width, JAX_DEPTH)
 
-# %% ../nbs/08_transformer.ipynb #c113
+# %% ../nbs/08_transformer.ipynb #c116
 def _open_clip(block, width, depth):
     for m in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj): m.reset_parameters()
     nn.init.xavier_uniform_(block.attn.in_proj_weight)
     for b in (block.attn.in_proj_bias, block.attn.out_proj.bias): nn.init.zeros_(b)
 
-# %% ../nbs/08_transformer.ipynb #c116
+# %% ../nbs/08_transformer.ipynb #c119
 def _open_clip_text(block, width, depth):
     _open_clip(block, width, depth)
     _normal(block, width, depth)
 
-# %% ../nbs/08_transformer.ipynb #c119
+# %% ../nbs/08_transformer.ipynb #c122
 def _small(block, width, depth):
     _jax(block, width, depth)
     for w in _weights(block)[1::2]: nn.init.zeros_(w)
 
-# %% ../nbs/08_transformer.ipynb #c122
+# %% ../nbs/08_transformer.ipynb #c125
 INITS = dict(jax=_jax, jax_text=_jax_text, open_clip=_open_clip, open_clip_text=_open_clip_text, small=_small)
 
-# %% ../nbs/08_transformer.ipynb #c125
+# %% ../nbs/08_transformer.ipynb #c128
 def init_encoder(
     encoder: Encoder, # changed in place
     style: str = 'jax', # a name in `INITS`

@@ -158,13 +158,18 @@ def test_clamp_leaves_alone_what_is_not_its_own():
     clamp_temperature(nn.Linear(2, 2), 100.) # no temperature
     for bad in (0.5, -1., math.nan):
         with pytest.raises(UserError, match=r'max_scale .*: expected 0 \(never clamp\) or at least 1'): TrainConfig(max_scale=bad)
-    with pytest.raises(UserError, match='chunks 0: expected 1'): TrainConfig(chunks=0)
+    for bad in (0, -1, 2.5, None):
+        with pytest.raises(UserError, match=f'chunks {bad}: expected 1'): TrainConfig(chunks=bad)
 
 def test_bad_batches():
     task, batch = Task(clip(), Contrastive()), batch_of(6)
-    for k in (0, 7, -1):
+    for k in (0, 7, -1, 2.5, None):
         with pytest.raises(UserError, match=f'6 samples cannot be accumulated in {k} chunks: use 1 to 6'): forward_backward(task, task, batch, chunks=k)
     with pytest.raises(UserError, match='differ in length .*image 6, text 5'): forward_backward(task, task, dict(batch, text=batch['text'][:5]), chunks=2)
+    for whole, kind in ((3, 'int'), (torch.tensor(3), 'Tensor'), (None, 'NoneType')):
+        with pytest.raises(UserError, match=f"entry 'epoch' of the batch is one {kind} and cannot be cut"): forward_backward(task, task, dict(batch, epoch=whole), chunks=2)
+        forward_backward(task, task, dict(batch, epoch=whole)) # one graph cuts nothing
+    with pytest.raises(UserError, match='0 samples cannot be accumulated'): forward_backward(task, task, {}, chunks=2)
     class Scaled(Contrastive):
         def features(self, model, batch): return dict(super().features(model, batch), scale=model.logit_scale.exp())
     scaled = Task(task.model, Scaled())

@@ -78,6 +78,7 @@ def test_eval_on_own_data(finished, own, tmp_path):
     assert set(ask(suite='retrieval', val_data=(where('pairs'),))) == {f'val/{a}_to_{b}_R@{k}' for a, b in (('image', 'text'), ('text', 'image')) for k in (1, 5)}
 
 def test_eval_refuses(clipa, finished, own, tmp_path):
+    for out in (tmp_path / 'nodir' / 'x.json', tmp_path): bad(clipa, 'eval', finished / 'model', '--out', out, says='give a file in a directory that exists')
     bad(clipa, 'eval', finished / 'model', '--suite', 'retreival', says='did you mean retrieval')
     bad(clipa, 'eval', finished / 'model', '--suite', 'retrieval', '--classes', own / 'names.txt', '--val-data', own / 'pairs', says='--classes has no meaning for --suite retrieval')
     from clipa_nb.cli import Questions, eval_model
@@ -127,6 +128,17 @@ def test_stopping_and_going_on(clipa, finished, tmp_path, sig, code):
     assert [r['train/loss'] for r in rows(out)] == [r['train/loss'] for r in rows(finished)]
     assert report(out)['metrics'] == report(finished)['metrics']
 
+@pytest.mark.parametrize('where', ['trial_seconds', 'toy_samples', 'evaluate'])
+def test_interrupted_outside_training(clipa, tmp_path, monkeypatch, where):
+    "While planning, drawing or evaluating there are no steps to stop between; the same command goes on all the same."
+    def ctrl_c(*args, **kw): raise KeyboardInterrupt
+    command = [*SMOKE, '--max-steps', '1', '--out', tmp_path / 'run']
+    with monkeypatch.context() as m:
+        m.setattr(f'clipa_nb.cli.{where}', ctrl_c)
+        assert clipa(*command, check=130).stderr.splitlines()[-1].startswith('clipa: interrupted. To go on: clipa train toy --smoke')
+    clipa(*command)
+    assert report(tmp_path / 'run')['metrics']
+
 def bad(clipa, *args, says):
     done = clipa(*args, check=2)
     assert says in done.stderr, done.stderr
@@ -147,11 +159,35 @@ def test_unknown_names(clipa):
     bad(clipa, 'train', 'toy', '--device', 'tpu', says='unknown device')
     bad(clipa, 'train', 'toy', '--precision', 'fp8', says='unknown precision')
 
+@pytest.mark.parametrize('flag, value', [('--workers', -2), ('--batch-size', -3), ('--max-steps', -1), ('--checkpoint-steps', -3)])
+def test_counts_that_mean_nothing(clipa, tmp_path, flag, value):
+    bad(clipa, *SMOKE[:3], '--device', 'cpu', flag, value, '--out', tmp_path / 'x', says=f'{flag} {value}: use')
+    assert not (tmp_path / 'x').exists()
+
+def test_nothing_is_left_of_a_run_that_was_refused(clipa, tmp_path):
+    bad(clipa, 'train', 'clipa-v2-l14', '--device', 'cpu', '--out', tmp_path / 'x', says='needs --train-data')
+    assert not list(tmp_path.iterdir())
+
+def test_what_the_parser_refuses(clipa):
+    for line, says in (('tran toy', 'did you mean train'), ('train toy --seed x', "--seed: invalid literal"), ('train toy --smok', 'did you mean --smoke'), ('train', 'see clipa train --help'), ('data mak x', "'make'")):
+        assert bad(clipa, *line.split(), says=says).stderr.count('\n') == 1
+    assert clipa('train', 'toy', '--smok', check=2).stderr == 'clipa: Unrecognized options: --smok; did you mean --smoke? (see clipa train --help)\n'
+    assert 'loader processes' in clipa('train', '--help').stdout
+
+def test_flags_that_doctor_has_no_use_for(clipa, tmp_path):
+    for flag in (['--dry-run'], ['--compare'], ['--checkpoint-steps', '5'], ['--max-steps', '5'], ['--batch-size', '8']):
+        bad(clipa, 'doctor', 'toy', '--smoke', '--device', 'cpu', '--out', tmp_path / 'x', *flag, says=f'{flag[0]} has no meaning for clipa doctor')
+    clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0', '--out', tmp_path / 'x')
+    assert [p.name for p in (tmp_path / 'x').iterdir()] == ['doctor'] # a run that lives here later draws its own data
+
+def test_costs_at_an_impossible_share(clipa):
+    for mfu in ('0', '40', '-1', 'nan'): assert not bad(clipa, 'cost', 'toy', '--mfu', mfu, says='0 < mfu ≤ 1').stdout
+
 def test_no_cuda(clipa, tmp_path):
     import torch
     if torch.cuda.is_available(): pytest.skip('this machine has CUDA')
     bad(clipa, 'train', 'toy', '--smoke', '--device', 'cuda', '--out', tmp_path / 'x', says='no cuda')
-    assert not (tmp_path / 'x' / 'data').exists()
+    assert not (tmp_path / 'x').exists()
 
 def test_directories_in_the_way(clipa, finished, tmp_path):
     bad(clipa, 'train', 'toy', '--out', finished, says='holds another run')
@@ -159,10 +195,19 @@ def test_directories_in_the_way(clipa, finished, tmp_path):
     (tmp_path / 'file').write_text('')
     bad(clipa, *SMOKE, '--out', tmp_path / 'file' / 'run', says='cannot make this directory')
 
+@pytest.mark.parametrize('text', ['{}', 'x{', '[]', '{"recipe": 3, "seed": 0}', '{"recipe": {"nme": "toy"}, "seed": 0}', '{"recipe": {"name": "toy"}}'])
+def test_a_plan_that_is_no_plan(clipa, tmp_path, text):
+    (tmp_path / 'plan.json').write_text(text)
+    bad(clipa, *SMOKE, '--out', tmp_path, says="holds a plan.json that is not a run's")
+    assert [p.read_text() for p in tmp_path.iterdir()] == [text]
+
+def test_the_data_is_part_of_the_run(clipa, finished):
+    bad(clipa, *SMOKE, '--out', finished, '--train-data', 'web/data', says='started with no --train-data, asked for --train-data web/data')
+
 def test_data_that_is_not_there(clipa, tmp_path):
     bad(clipa, *SMOKE, '--train-data', tmp_path / 'none-{000..003}.tar', '--out', tmp_path / 'a', says='none-')
     bad(clipa, 'train', 'clipa-v2-h14', '--smoke', '--train-data', tmp_path, '--out', tmp_path / 'b', says=str(tmp_path))
-    assert not (tmp_path / 'a' / 'model').exists()
+    assert not list(tmp_path.iterdir())
 
 def tar(path, members):
     import io, tarfile
@@ -175,6 +220,7 @@ def test_shards_with_other_things_in_them(clipa, tmp_path):
     bad(clipa, *SMOKE, '--train-data', tmp_path / 'text.tar', '--out', tmp_path / 'a', says='txt')
     tar(tmp_path / 'image.tar', {'a.jpg': b'\xff\xd8', 'a.cls': b'3'})
     bad(clipa, *SMOKE, '--train-data', tmp_path / 'image.tar', '--out', tmp_path / 'b', says='cls')
+    assert {p.name for p in tmp_path.iterdir()} == {'text.tar', 'image.tar'}
 
 def test_impossible_sizes(clipa, tmp_path):
     from clipa_nb.cli import Options, run
@@ -183,11 +229,34 @@ def test_impossible_sizes(clipa, tmp_path):
     for change, says in (({'image_size': 33}, 'divisible'), ({'image_strategy': 'random', 'image_ratio': 0.99}, 'leaves none'), ({'context_length': 1}, 'context'), ({'image_ratio': 1.5, 'image_strategy': 'random'}, 'ratio')):
         out = tmp_path / says
         with pytest.raises(UserError, match=says): run(smoke(TOY).with_stages(change), Options(out=str(out), device='cpu'), LOCAL)
-        assert not out.exists() or not list(out.iterdir())
+        assert not out.exists()
+
+def test_settings_that_would_fail_later(tmp_path):
+    "A recipe that cannot be run to its end is refused before its directory is made."
+    from clipa_nb.cli import Options, run
+    from clipa_nb.core import LOCAL, UserError
+    from clipa_nb.recipes import TOY, smoke
+    toy = smoke(TOY)
+    for wrong, says in ((toy.with_stages({'text_strategy': 'sintax'}), 'did you mean syntax'), (toy.with_stages({'crop': (0.5, 2.)}), 'crop scale'), (toy.with_stages({}, {'frozen': ('visuall.*',)}), 'parameter pattern'),
+                        (toy.replace(data__name='dmo'), 'did you mean demo'), (toy.replace(data__n=0), '0 pairs'), (toy.with_stages({}, {'image_size': 240}), '240'), (toy.replace(tokenizer='nowhere/words'), 'nowhere/words')):
+        with pytest.raises(UserError, match=says): run(wrong, Options(out=str(tmp_path / 'x'), device='cpu'), LOCAL)
+        assert not (tmp_path / 'x').exists()
+
+@pytest.mark.parametrize('change', [dict(batch_size=0), dict(samples=0), dict(base_lr=-1.), dict(base_lr=float('nan')), dict(warmup=-1), dict(weight_decay=-0.1), dict(beta2=1.), dict(eps=-1.)], ids=str)
+def test_stages_that_mean_nothing(change):
+    from clipa_nb.core import UserError
+    from clipa_nb.recipes import Stage
+    with pytest.raises(UserError, match=f'stage reduced: {next(iter(change))} is .*expected'): Stage(**change)
+
+def test_the_sizes_that_would_do():
+    from clipa_nb.core import UserError
+    from clipa_nb.recipes import TOY, stage_plan
+    for size, says in ((4, 'use 8$'), (33, 'use 32 or 40$'), (-3, 'use 8$')):
+        with pytest.raises(UserError, match=says): stage_plan(TOY.with_stages({'image_size': size}), 0)
 
 def test_batch_that_cannot_be_shared(clipa, tmp_path):
     done = torchrun(3, *SMOKE, '--out', tmp_path / 'x')
-    assert done.returncode == 1 and 'cannot be shared by 3 ranks' in done.stderr
+    assert done.returncode == 1 and done.stderr.count('cannot be shared by 3 ranks') == 1 # the first rank says it, and only that one
 
 def torchrun(n, *args):
     return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m', 'clipa_nb.cli', *map(str, args)], capture_output=True, text=True, timeout=300)
@@ -260,6 +329,8 @@ def test_other_commands(clipa, finished, tmp_path):
     assert 'note: exported: open_clip cannot load' in clipa('export', finished / 'model', tmp_path / 'exported').stderr
     assert (tmp_path / 'exported' / 'open_clip_config.json').exists()
     bad(clipa, 'data', 'check', tmp_path / 'shards', '--n', '40', says='say what is made')
+    for wrong, says in ((['--world', 'dmo'], 'did you mean demo'), (['--n', '0'], 'no samples')): bad(clipa, 'data', 'make', tmp_path / 'none', *wrong, says=says)
+    assert not (tmp_path / 'none').exists()
     assert 'bottleneck' in clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0').stdout
 
 @pytest.mark.parametrize('name', ['clipa-v2-h14', 'clipa-v1-b16-i50-t16', 'clipa-v1-l16-i37-t8'])
@@ -295,3 +366,11 @@ def test_own_shards_are_read(clipa, tmp_path):
     clipa('data', 'make', tmp_path / 'shards', '--n', '200')
     clipa(*SMOKE, '--max-steps', '2', '--train-data', tmp_path / 'shards', '--out', tmp_path / 'run')
     assert not (tmp_path / 'run' / 'data').exists()
+    (tmp_path / 'shards').rename(tmp_path / 'moved')
+    moved = [*SMOKE, '--max-steps', '2', '--train-data', tmp_path / 'moved', '--out', tmp_path / 'run']
+    refused = bad(clipa, *moved, says=f"started with --train-data {tmp_path / 'shards'}, asked for --train-data {tmp_path / 'moved'}")
+    assert f"write its new place as train_data into {tmp_path / 'run' / 'plan.json'}" in refused.stderr
+    plan = tmp_path / 'run' / 'plan.json'
+    plan.write_text(json.dumps(dict(json.loads(plan.read_text()), train_data=str(tmp_path / 'moved')))) # as the message says
+    assert 'is finished' in clipa(*moved).stdout
+    bad(clipa, *moved[:-4], '--out', tmp_path / 'run', says='asked for no --train-data')

@@ -139,6 +139,18 @@ def test_writer_that_fails_leaves_no_part(tmp_path):
 
 def test_no_samples(tmp_path):
     with pytest.raises(UserError, match='no samples'): write_shards(iter(()), tmp_path / 'x')
+    with pytest.raises(UserError, match='1 sample or more'): write_shards(samples(2), tmp_path / 'x', per_shard=0)
+    assert not (tmp_path / 'x').exists()
+
+
+def test_source_that_cannot_begin_leaves_no_mark(tmp_path):
+    def broken():
+        raise UserError('no such world')
+        yield
+    (tmp_path / 'there').mkdir()
+    for out in (tmp_path / 'there', tmp_path / 'new'):
+        with pytest.raises(UserError, match='no such world'): write_shards(broken(), out)
+    assert [p.name for p in tmp_path.rglob('*')] == ['there']
 
 
 SLOW = '''

@@ -1,7 +1,7 @@
 "Plain and streamed, on one process and on several, are one function; what is not a batch of pairs is refused on all ranks."
-import json, math, runpy, sys
+import json, math, pathlib, runpy, sys
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from clipa_nb import infonce
 from clipa_nb.core import LOCAL, UserError
@@ -71,6 +71,35 @@ def test_distinct_keys_are_no_keys_to_the_last_digit(chunk):
     for form in (dict(chunk=chunk), dict(chunk=chunk, label_smoothing=0.1)):
         with_keys, without = found(*x, dict(form, key=True), torch.randperm(33)), found(*x, form)
         for p, q in zip((with_keys[0], *with_keys[1], *with_keys[2]), (without[0], *without[1], *without[2])): assert torch.equal(p, q)
+
+def distinct(comm):
+    "Largest differences of the loss and the gradients between distinct keys and none, form by form."
+    image, text = (v.float().chunk(comm.size)[comm.rank] for v in features(400 * comm.size)); key = 400 * comm.rank + torch.randperm(400)
+    out = {}
+    for name, form in dict(plain=dict(), streamed=dict(chunk=128), smoothed=dict(chunk=128, label_smoothing=0.1), sigmoid=dict(chunk=128, bias=-10.)).items():
+        with_keys, without = (found(image, text, dict(form, key=k), key, comm) for k in (True, False))
+        out[name] = max((p - q).abs().max().item() for p, q in zip((with_keys[0], *with_keys[1], *with_keys[2]), (without[0], *without[1], *without[2])))
+    return out
+
+@pytest.mark.parametrize('ranks', [2, 3])
+def test_distinct_keys_are_no_keys_to_the_last_digit_on_ranks(ranks):
+    for rank in spawn(distinct, ranks): assert set(rank.values()) == {0.}, rank
+
+KINDS = [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool]
+
+@pytest.mark.parametrize('form', ['key', 'key, streamed', 'sigmoid, key', 'sigmoid, key, streamed'])
+def test_keys_of_every_integer_type_are_the_same_keys(form):
+    want = found(*features(12), FORMS[form], torch.arange(12) % 2)
+    for kind in KINDS: same(found(*features(12), FORMS[form], (torch.arange(12) % 2).to(kind)), want)
+
+def test_keys_of_different_types_on_ranks_are_the_same_keys():
+    "A gather of two types aborts the process."
+    def mixed(comm):
+        image, text = features(12); key = (torch.arange(12) // 3).to(KINDS[comm.rank])
+        return {name: found(share(image, comm), share(text, comm), form, share(key, comm), comm)[0] for name, form in FORMS.items() if 'key' in name}
+    parts = spawn(mixed, 3, timeout=60)
+    for name, form in FORMS.items():
+        if 'key' in name: torch.testing.assert_close(torch.stack([p[name] for p in parts]).mean(0), found(*features(12), form, torch.arange(12) // 3)[0], **close)
 
 def test_small_losses_survive_scale_100_in_fp32():
     "Sure rows have losses far below the rounding of a log-sum-exp near 100."
@@ -150,6 +179,23 @@ def test_general_form():
             torch.testing.assert_close(out['loss'], (out['loss_image'] + out['loss_text']) / 2, **close)
     assert contrastive(a.bfloat16(), b.bfloat16(), own, own)['loss'].dtype == torch.float32
 
+def test_general_form_takes_every_integer_type_and_no_other():
+    s, own = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(contrastive(s, s, own.to(kind), own.to(kind), check=True)['loss'], contrastive(s, s, own, own)['loss'])
+        with pytest.raises(UserError, match='row 3 is neither a column from 0 to 2'): contrastive(s[:, :3], s, own.to(kind), own, check=True)
+    for wrong in (own.bool(), own * 1j, torch.eye(4, 7).long(), torch.eye(4, 7).bool()):
+        with pytest.raises(UserError, match='targets of the texts: .* expected 4 integers'): contrastive(s, s, own, wrong)
+    for bad in ((s.numpy(), s, own, own), (s, s, own, own.tolist()), (s, None, own, own)):
+        with pytest.raises(UserError, match='expected tensors'): contrastive(*bad)
+
+@pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_distributions_sum_to_one_up_to_the_rounding_of_their_type(kind):
+    for seed in range(50):
+        s = 5 * torch.randn(6, 6, generator=torch.Generator().manual_seed(seed))
+        soft = s.softmax(1).to(kind); contrastive(s, s, soft, soft, check=True)
+    with pytest.raises(UserError, match='row 0 is neither'): contrastive(s, s, 1.02 * soft, soft, check=True)
+
 def test_columns_that_are_not_there_can_be_minus_infinity():
     s = torch.randn(3, 3, dtype=torch.float64); wide = torch.cat([s, torch.full((3, 1), -torch.inf, dtype=torch.float64)], 1).requires_grad_()
     soft = torch.cat([torch.eye(3), torch.zeros(3, 1)], 1).double()
@@ -215,6 +261,7 @@ def refused(comm):
         double=lambda: info_nce(x.double() if one else x, x, 1., comm=comm), key=lambda: info_nce(x, x, 1., comm=comm, key=torch.arange(6) if one else None),
         form=lambda: info_nce(x, x, 1., comm=comm, chunk=2 if one else None), smoothing=lambda: info_nce(x, x, 1., comm=comm, label_smoothing=0.1 * one),
         chunk=lambda: info_nce(x, x, 1., comm=comm, chunk=-1 if one else 3), value=lambda: info_nce(torch.full_like(x, torch.nan) if one else x, x, 1., comm=comm, check=True),
+        listed=lambda: info_nce(x, x, 1., comm=comm, key=[0] * 6 if one else torch.arange(6)), arrays=lambda: info_nce(x.numpy() if one else x, x, 1., comm=comm), scales=lambda: sigmoid_loss(x, x, torch.ones(1 + comm.rank), 0., comm=comm),
         empty=lambda: info_nce(x[:0] if one else x, x[:0] if one else x, 1., comm=comm), flat=lambda: info_nce(x[0] if one else x, x[0] if one else x, 1., comm=comm),
     )
     said = {}
@@ -228,9 +275,26 @@ def test_ranks_that_differ_are_refused_together_and_named():
     expected = dict(rows='b (rows): 3 on rank 0, 4 on rank 1', rows_streamed='b (rows): 3 on rank 0, 4 on rank 1', width='E (width): 3 on rank 0, 4 on rank 1', double='bits of a feature: 32 on rank 0, 64 on rank 1',
                     key='having a key: 0 on rank 0, 1 on rank 1', form='streaming: 0 on rank 0, 1 on rank 1', smoothing='millionths of label smoothing: 0 on rank 0, 100000 on rank 1')
     for name, words in expected.items(): assert words in first[name] and first[name] == second[name]
-    for name, words in dict(sides='(6, 5) and text features (5, 5)', kind='expected floating point', chunk='chunk -1', value='6 of 6 image features are not finite, first row 0', empty='(0, 5)', flat='(5,)').items():
+    for name, words in dict(sides='(6, 5) and text features (5, 5)', kind='expected floating point', chunk='chunk -1', value='6 of 6 image features are not finite, first row 0', empty='(0, 5)', flat='(5,)', listed='key of type list', arrays='image features of type ndarray', scales='scale (2,)').items():
         assert 'rank 1 refused its input' in first[name] and words in second[name]
     assert math.isfinite(loss) # and the ranks are still in step
+
+def half_types(comm):
+    "bf16 on rank 0 and another type on rank 1: streamed, so that what is gathered is what `_ready` has made of it."
+    said = []
+    for kind in (torch.float16, torch.float32):
+        image, text = features(12, dtype=kind if comm.rank else torch.bfloat16)
+        try: said.append(found(share(image, comm), share(text, comm), dict(chunk=5), comm=comm, scale=10.)[0])
+        except UserError as e: said.append(str(e))
+    return said
+
+def test_ranks_send_one_type(monkeypatch):
+    "Where bf16 stays bf16 other types are refused, although fp16 has as many bits; where all are taken up to fp32 they may be mixed."
+    image, text = features(12)
+    for losses in zip(*spawn(half_types, 2, timeout=60)): torch.testing.assert_close(torch.stack(losses).mean(0), found(image, text, dict(), scale=10.)[0], rtol=1e-2, atol=1e-2, check_dtype=False)
+    monkeypatch.setattr(infonce, 'widens', lambda kind: True)
+    for said in spawn(half_types, 2, timeout=60):
+        for words in said: assert 'bits of a feature: 16 on rank 0, 32 on rank 1' in words
 
 # -- bad input --------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +303,8 @@ BAD = {
     'rows': (dict(text=x[:3]), r'image features \(4, 5\) and text features \(3, 5\)'), 'widths': (dict(text=x[:, :4]), r'text features \(4, 4\)'), 'no pairs': (dict(image=x[:0], text=x[:0]), r'\(0, 5\)'),
     'one axis': (dict(image=x[0], text=x[0]), r'\(5,\)'), 'integers': (dict(image=x.long()), 'type torch.int64'), 'chunk 0': (dict(chunk=0), 'chunk 0'), 'negative chunk': (dict(chunk=-2), 'chunk -2'),
     'a word': (dict(chunk='big'), "chunk 'big'"), 'a fraction': (dict(chunk=2.5), 'chunk 2.5'), 'short key': (dict(key=torch.arange(3)), r'key of shape \(3,\)'), 'float key': (dict(key=torch.ones(4)), 'float32: expected 4 integers'),
+    'complex key': (dict(key=torch.arange(4) * 1j), 'complex64: expected 4 integers'), 'list as key': (dict(key=[0, 1, 2, 3]), 'key of type list: expected a tensor'), 'short list as key': (dict(key=[1, 2]), 'key of type list'),
+    'array as key': (dict(key=torch.arange(4).numpy()), 'key of type ndarray'), 'lists': (dict(image=x.tolist()), 'image features of type list'), 'arrays': (dict(text=x.numpy()), 'text features of type ndarray'), 'complex': (dict(image=x * 1j), 'type torch.complex64'),
     'key by text': (dict(key=torch.zeros(4, 4, dtype=torch.int64)), r'key of shape \(4, 4\)'),
 }
 
@@ -248,6 +314,17 @@ def test_bad_input_is_always_refused(case):
     image, text, form = change.get('image', x), change.get('text', x), {k: v for k, v in change.items() if k in ('chunk', 'key')}
     for call in (lambda: info_nce(image, text, 1., **form), lambda: sigmoid_loss(image, text, 1., 0., **form)):
         with pytest.raises(UserError, match=words): call()
+
+def test_factors_are_numbers_or_tensors_of_one():
+    for good in (2, 2., np.float32(2), torch.tensor(2), torch.tensor([2.]), torch.tensor([[2.]])): assert info_nce(x, x, good)['loss'] == info_nce(x, x, 2.)['loss'] and sigmoid_loss(x, x, 1., good)['loss'] == sigmoid_loss(x, x, 1., 2.)['loss']
+    for bad, words in ((torch.ones(2), r'\(2,\)'), (None, 'None'), ('10', "'10'"), ([1.], r'\[1.0\]'), (torch.ones(0), r'\(0,\)'), (torch.tensor(1j), r'\(\)')):
+        for call, name in ((lambda: info_nce(x, x, bad), 'scale'), (lambda: sigmoid_loss(x, x, bad, 0.), 'scale'), (lambda: sigmoid_loss(x, x, 1., bad), 'bias'), (lambda: info_nce(x, x, 1., label_smoothing=bad), 'label smoothing')):
+            with pytest.raises(UserError, match=f'{name} {words}: expected a number or a tensor of one'): call()
+
+@pytest.mark.parametrize('chunk', [None, 2, 'auto'])
+def test_checks_do_not_break_a_captured_graph(chunk):
+    call = torch.compile(info_nce, fullgraph=True, backend='eager')
+    torch.testing.assert_close(call(x, x, 2., key=torch.arange(4) // 2, chunk=chunk)['loss'], info_nce(x, x, 2., key=torch.arange(4) // 2)['loss'])
 
 def test_values_are_looked_at_on_request():
     nan, inf, long = x.clone(), x.clone(), x.clone(); nan[2, 1] = torch.nan; inf[1:3, 0] = torch.inf; long[3] *= 2
@@ -297,6 +374,11 @@ def test_clamp_is_the_callers_choice():
         p = torch.nn.Parameter(torch.tensor(9.)); clamp_scale(p, most)
         assert p.item() == pytest.approx(want, abs=1e-6) and p.grad is None and p.requires_grad
     p = torch.nn.Parameter(torch.tensor(-1.)); clamp_scale(p); assert p.item() == 0
+    p = torch.nn.Parameter(torch.tensor(9.)); clamp_scale(p, 1); assert p.item() == 0
+    for bad in (0.5, -1., math.nan):
+        p = torch.nn.Parameter(torch.tensor(9.))
+        with pytest.raises(UserError, match=r'expected 0 \(never clamp\) or at least 1'): clamp_scale(p, bad)
+        assert p.item() == 9
 
 # -- other people's, and the bench ------------------------------------------------------------------------------------------
 
@@ -319,6 +401,49 @@ def test_bench_writes_rows(tmp_path, monkeypatch):
     assert [r['form'] for r in rows] == ['plain', 'auto'] and all(r['fits'] and r['b'] == 600 and r['seconds'] > 0 for r in rows)
     assert rows[0]['loss_value'] == pytest.approx(rows[1]['loss_value'], rel=1e-5) and rows[0]['d_scale'] == pytest.approx(rows[1]['d_scale'], rel=1e-3)
     assert {'git_sha', 'hardware', 'torch', 'threads', 'extra_mb'} <= set(rows[0])
+
+@pytest.mark.parametrize('form', ['bogus', 'streamed', 'streamed 0', 'streamed x'])
+def test_bench_refuses_forms_it_does_not_know(form, monkeypatch, capsys):
+    bench = str(Path(__file__).parent / 'bench' / 'loss.py')
+    monkeypatch.setattr(sys, 'argv', [bench, '--forms', 'plain', form])
+    with pytest.raises(SystemExit) as e: runpy.run_path(bench, run_name='__main__')
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and repr(form) in said and 'streamed N' in said
+
+ROW = dict(git_sha='abc', date='2026-01-01', hardware='a CPU', torch='2.6', threads=1, device='cpu', dtype='float32', loss='info_nce', width=512, rounds=2)
+def row(b, form, seconds=1., **changes): return dict(dict(ROW, b=b, form=form, fits=True, seconds=seconds, extra_mb=10 * seconds), **changes)
+def unfit(b, form, **changes): return {k: v for k, v in row(b, form, fits=False, **changes).items() if k not in ('seconds', 'extra_mb')}
+
+RECORDED = { # rows that the bench may write, what the chapter says of them, and what it must not say
+    'nothing': ([], ['on a CPU: not run', 'on a GPU: not run'], []),
+    'plain and auto': ([row(4096, 'plain', 2.), row(4096, 'auto')], ['plain 2.00 s, 20 MB; auto 0.50 × time, 0.500 × memory', 'abc'], []),
+    'plain does not fit': ([row(4096, 'plain'), row(4096, 'auto'), unfit(65536, 'plain'), row(65536, 'auto', 9.)], ['65536: plain does not fit; auto 9.00 s, 90 MB'], []),
+    'nothing fits': ([unfit(65536, 'plain'), unfit(65536, 'auto')], ['65536: plain does not fit; auto does not fit'], []),
+    'another form does not fit': ([row(4096, 'plain'), unfit(4096, 'open_clip')], ['open_clip does not fit'], []),
+    'no plain row': ([row(4096, 'plain'), row(4096, 'auto'), row(16384, 'auto', 7.)], ['16384: auto 7.00 s, 70 MB'], []),
+    'only streamed 2048': ([row(12288, 'streamed 2048', 7.)], ['12288'], []),
+    'other settings': ([row(4096, 'plain'), row(4096, 'auto'), *(row(4096, 'auto', 0.09, **{k: v}) for k, v in dict(threads=2, dtype='bfloat16', width=64, loss='sigmoid').items())], ['auto 1.00 × time'], ['0.09']),
+    'another machine': ([row(4096, 'plain', hardware='old'), row(8192, 'plain', hardware='old'), row(4096, 'plain'), row(4096, 'auto', 3.)], ['auto 3.00 × time', 'a CPU'], ['old', '8192']),
+    'run again': ([unfit(4096, 'plain'), row(4096, 'plain', 5.), row(4096, 'plain', 4.), row(4096, 'auto')], ['plain 4.00 s', 'auto 0.25 × time'], ['does not fit']),
+    'a GPU': ([row(65536, f, s, device='cuda', dtype='bfloat16', width=1024) for f, s in (('plain', 2.), ('auto', 1.))], ['on a CPU: not run', '65536: plain 2.00 s, 20 MB; auto 0.50 × time'], []),
+}
+
+@pytest.mark.parametrize('case', RECORDED)
+def test_chapter_reads_whatever_rows_the_bench_wrote(case, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib', reason='figures need the extra [demo]')
+    from clipa_nb import viz
+    rows, said, unsaid = RECORDED[case]
+    if rows: (tmp_path / 'results').mkdir(); (tmp_path / 'results' / 'loss.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    monkeypatch.chdir(tmp_path)
+    cells = [''.join(c['source']) for c in json.loads((Path(__file__).parents[1] / 'nbs' / '10_infonce.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    first = next(i for i, c in enumerate(cells) if 'results/loss.jsonl' in c)
+    names = dict(json=json, pathlib=pathlib, viz=viz)
+    for c in cells[first:]: exec(c, names)
+    out = capsys.readouterr().out
+    assert len(cells) - first == 4 and names['fig'].canvas.get_width_height()
+    names['fig'].canvas.draw()
+    for words in said: assert words in out, out
+    for words in unsaid: assert words not in out, out
 
 # -- a GPU --------------------------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,20 @@ def test_uneven_batches_are_refused_on_every_rank(chunks):
     first, second = spawn(uneven, 2, timeout=100)
     assert first == second and '3 on rank 0' in first and '4 on rank 1' in first
 
+@pytest.mark.parametrize('chunks', [(4, 4), (4, 1), (4, 2), (1, 5)])
+def test_a_batch_too_small_for_its_chunks_is_refused_on_every_rank(chunks):
+    "3 rows and 4: the rank that cannot cut them must not leave the other one waiting in the loss."
+    def small(comm):
+        task = Task(Pair(), Contrastive()); wrapped = comm.wrap(task)
+        try: forward_backward(wrapped, task, {k: v[:3 + comm.rank] for k, v in batch_of(0, 1).items()}, comm, chunks[comm.rank])
+        except UserError as e: said = str(e)
+        forward_backward(wrapped, task, batch_of(comm.rank, comm.size), comm, chunks[comm.rank]) # and they are still in step
+        same_gradients(task, comm)
+        return said
+    said, fault = spawn(small, 2, timeout=20), 0 if chunks[0] == 4 else 1
+    assert said[fault] == f'{3 + fault} samples cannot be accumulated in {chunks[fault]} chunks: use 1 to {3 + fault}'
+    assert said[1 - fault] == f'rank {fault} refused its batch (its own message says why)'
+
 # --- the comm object itself
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

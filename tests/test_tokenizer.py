@@ -1,5 +1,5 @@
 "Ids: equal to the original operations, to open_clip, to the library; bad input; vocabularies that are damaged or elsewhere."
-import gzip, hashlib, importlib.util, json, multiprocessing, os, pickle, random, socket, unicodedata
+import gzip, hashlib, importlib.util, json, multiprocessing, os, pickle, random, shutil, socket, unicodedata
 from pathlib import Path
 import pytest, torch
 from clipa_nb.core import UserError
@@ -189,10 +189,10 @@ def test_a_strategy_that_breaks_its_contract_is_named(any_tokenizer):
         def __call__(self, words, k, generator): raise AssertionError('batch comes first')
         def batch(self, captions, k, generator): return [[1] * k] * self.n
     assert t(['a', 'b'], 6, Batch(2)).shape == (2, 6)
-    for wrong, says in ((Batch(1), '1 lists for 2 captions'), (lambda w, k, g: [1] * (k + 1), 'may return at most'), (lambda w, k, g: [t.vocab_size], 'not integers from 0'), (lambda w, k, g: [-1], 'not integers'), (lambda w, k, g: [1.5], 'not integers'), ('syntax', 'expected a function')):
+    for wrong, says in ((Batch(1), '1 lists for 2 captions'), (lambda w, k, g: [1] * (k + 1), 'may return at most'), (lambda w, k, g: [t.vocab_size], 'not integers from 0'), (lambda w, k, g: [-1], 'not integers'), (lambda w, k, g: None, 'returned NoneType'), (lambda w, k, g: [1.5], 'not integers'), ('syntax', 'expected a function')):
         with pytest.raises(UserError, match=says): t(['a', 'b'], 6, wrong)
 
-@pytest.mark.parametrize('wrong,says', [([-1], 'found id -1'), ([10**6], 'another vocabulary'), (torch.ones(2, 3, dtype=torch.int64), '2 rows')])
+@pytest.mark.parametrize('wrong,says', [([101.7], 'no integers'), (torch.tensor([1., 2.]), 'no integers'), ('abc', 'no integers'), (None, 'no integers'), (5, 'no integers'), ([-1], 'found id -1'), ([10**6], 'another vocabulary'), (torch.ones(2, 3, dtype=torch.int64), '2 rows')])
 def test_ids_that_cannot_be_read(any_tokenizer, wrong, says):
     with pytest.raises(UserError, match=says): any_tokenizer.decode(wrong)
 
@@ -215,6 +215,48 @@ def test_damaged_merges_are_refused(clip, how, tmp_path):
     (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *damaged([' '.join(m) for m in clip.merges], how)]) + '\n', 'utf-8')
     with pytest.raises(UserError, match='fetch (it|the file) again'): load_tokenizer(tmp_path)
 
+def one_line(lines, how, at, other): return {'lost': lines[:at] + lines[at + 1:], 'changed': [*lines[:at], other, *lines[at + 1:]], 'inserted': [*lines[:at], other, *lines[at:]]}[how]
+
+@pytest.mark.parametrize('how', ['lost', 'changed', 'inserted'])
+@pytest.mark.parametrize('at', [1, 50, 103, 998, 1100, 1500, 1995, 1996, 2005, 8000, 15261, 24000, 29990, 30005, 30500, 30521])
+def test_one_line_of_bert_anywhere(bert, how, at, tmp_path):
+    "Near the top, in the middle, near the end: refused. Only a place that BERT left unused may hold something else."
+    (tmp_path / 'v.txt').write_text('\n'.join(one_line(bert.pieces, how, at, 'zzzqq')) + '\n', 'utf-8')
+    if how == 'changed' and at in (1, 50, 998):
+        vocab = load_tokenizer(tmp_path / 'v.txt').vocab; assert {p: i for p, i in vocab.items() if i != at} == {p: i for p, i in bert.vocab.items() if i != at}
+    else:
+        with pytest.raises(UserError, match='damaged copy of bert-base-uncased|MASK. not among'): load_tokenizer(tmp_path / 'v.txt')
+
+@pytest.mark.parametrize('how', ['lost', 'changed', 'inserted'])
+@pytest.mark.parametrize('part', ['top', 'middle', 'end'])
+def test_one_merge_of_clip_anywhere(clip, how, part, tmp_path):
+    "Merges on which no later one builds: those that the order of the list cannot miss."
+    needed = {p for m in clip.merges for p in m}; free = [i for i, m in enumerate(clip.merges) if ''.join(m) not in needed]
+    assert free[0] < 128
+    for at in {'top': free[:3], 'middle': free[len(free) // 2:][:2], 'end': free[-2:]}[part]:
+        (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *one_line([' '.join(m) for m in clip.merges], how, at, 'Q Q')]) + '\n', 'utf-8')
+        with pytest.raises(UserError, match='damaged copy of clip'): load_tokenizer(tmp_path / 'merges.txt')
+
+def test_a_published_vocabulary_cut_anywhere(bert, clip):
+    for n in (104, 105, 150, 999, 1000, 1500, 1996, 2005, 2011, 2012, 2500, 4011, 4012, 9000, 20000, 30521):
+        with pytest.raises(UserError, match='cut short|damaged copy'): published(WordPiece([*bert.pieces[:n], *[s for s in SPECIAL if s not in bert.pieces[:n]]]))
+    for n in (16, 100, 128, 2000, 3216, 20000, 48893):
+        with pytest.raises(UserError, match='damaged copy'): published(ClipBPE(clip.merges[:n]))
+
+def test_other_vocabularies_are_somebody_s_own(bert, clip, small, tmp_path):
+    "A list that merely begins like a published one, or fills its unused places, or was saved as it is."
+    own = [f'own{i}' for i in range(20000)]; letters = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789abcdefghijklmnopqrstuvwxyz#$%&*+'; made = {''.join(m) for m in clip.merges[:20]}
+    pairs = [(a, b) for a in letters for b in [*letters, *(c + '</w>' for c in letters)] if a + b not in made]
+    filled = [w.replace('[unused', '[mark') for w in bert.pieces]
+    for pieces in (bert.pieces[:2000] + own[:2000], bert.pieces[:2000] + own, ['[PAD]', *(f'[unused{i}]' for i in range(99)), *SPECIAL[1:], *own[:500]], filled, [*filled, 'zzzqq'], [*bert.pieces, 'zzzqq'], small.pieces):
+        (tmp_path / 'v.txt').write_text('\n'.join(pieces) + '\n', 'utf-8'); assert load_tokenizer(tmp_path / 'v.txt').pieces == pieces
+    assert published(ClipBPE(clip.merges[:20] + pairs)) is None and published(ClipBPE(pairs)) is None
+    for t, file in ((WordPiece(bert.pieces[:5000], 9), 'vocab.txt'), (WordPiece(bert.pieces[:1500] + bert.pieces[1501:], 9), 'vocab.txt'), (ClipBPE(clip.merges[:100], 9), 'merges.txt')):
+        shutil.rmtree(tmp_path / 'part', ignore_errors=True); t.save(tmp_path / 'part')
+        for where in (tmp_path / 'part', tmp_path / 'part' / file): assert load_tokenizer(where).pieces == t.pieces and load_tokenizer(where).context_length == 9
+        (tmp_path / 'part' / 'tokenizer_config.json').unlink()
+        with pytest.raises(UserError, match='damaged copy'): load_tokenizer(tmp_path / 'part' / file)
+
 @pytest.mark.parametrize('how', DAMAGES)
 @pytest.mark.parametrize('file', ['vocab.txt', 'tokenizer.json'])
 def test_a_damaged_saved_vocabulary_is_refused(small, how, file, tmp_path):
@@ -226,12 +268,68 @@ def test_a_damaged_saved_vocabulary_is_refused(small, how, file, tmp_path):
 
 @pytest.mark.parametrize('file,raw,says', [('vocab.txt', '[PAD]\nnaïve\n'.encode('latin-1'), 'UTF-8'), ('vocab.txt', '[PAD]\na\n'.encode('utf-16'), 'UTF-8'), ('vocab.txt', b'', 'not among its 0'), ('vocab.txt', b'\x1f\x8b\x08\x00broken', 'fetch it again'),
     ('vocab.txt', gzip.compress(b'[PAD]\n' * 999, mtime=0)[:-12], 'fetch it again'), ('vocab.txt', '\n'.join(SPECIAL[1:]).encode(), r'\[PAD\] not among'), ('vocab.txt', ('a\n' + '\n'.join(SPECIAL)).encode(), r'\[PAD\] has id 1'),
-    ('tokenizer.json', b'{"model": {', 'whole JSON'), ('tokenizer.json', b'[]', 'expected a JSON object'), ('tokenizer.json', b'{"model": {"type": "Unigram", "vocab": []}}', 'Unigram'), ('merges.txt', b'#version: 0.2\na b c\n', 'expected two pieces'),
+    ('tokenizer.json', b'{"model": {', 'whole JSON'), ('tokenizer.json', b'[]', 'expected a JSON object'), ('tokenizer.json', b'{"model": {"type": "Unigram", "vocab": []}}', 'Unigram'),
+    ('tokenizer.json', b'{"model": "x"}', 'expected BERT word pieces'), ('tokenizer.json', b'{"a": 1}', 'expected BERT word pieces'), ('tokenizer.json', b'{"model": {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {}}}', 'no list of merges'),
+    ('tokenizer.json', b'{"model": {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {}, "merges": [1]}}', 'no list of merges'), ('tokenizer.json', b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', 'found a BPE tokenizer'),
+    ('tokenizer.json', b'{"model": {"type": "WordPiece", "vocab": {"a": "b", "c": 3}}}', 'not 0 to 1'), ('tokenizer.json', b'{"model": {"type": "WordPiece", "vocab": [1]}}', 'expected BERT word pieces'), ('tokenizer.json', b'{"model": {"type": "WordPiece", "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}}, "normalizer": "x"}', 'library can read'), ('merges.txt', b'#version: 0.2\na b c\n', 'expected two pieces'),
     ('merges.txt', b'#version: 0.2\nab c\n', 'no earlier merge makes')])
 def test_files_that_are_no_vocabulary(file, raw, says, tmp_path):
     (tmp_path / file).write_bytes(raw)
     with pytest.raises(UserError, match=says) as e: load_tokenizer(tmp_path)
     assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+
+# What the Hub's files of bert-base-uncased and openai/clip-vit-base-patch32 say, in the spellings of several years.
+BERT_JSON = dict(normalizer=dict(type='BertNormalizer', clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True), pre_tokenizer=dict(type='BertPreTokenizer'), model=dict(unk_token='[UNK]', continuing_subword_prefix='##', max_input_chars_per_word=100))
+CLIP_JSON = dict(normalizer=dict(type='Sequence', normalizers=[dict(type='NFC'), dict(type='Replace', pattern=dict(Regex=r'\s+'), content=' '), dict(type='Lowercase')]),
+    pre_tokenizer=dict(type='Sequence', pretokenizers=[dict(type='Split', pattern=dict(Regex=r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior='Removed', invert=True), dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True)]),
+    model=dict(dropout=None, unk_token='<|endoftext|>', continuing_subword_prefix='', end_of_word_suffix='</w>', fuse_unk=False))
+
+def foreign(t, path, **changes):
+    "A tokenizer.json as others write it; a change is a path of keys joined by __."
+    special = SPECIAL if isinstance(t, WordPiece) else tuple(t.pieces[-2:]); spec = json.loads(json.dumps(BERT_JSON if isinstance(t, WordPiece) else CLIP_JSON))
+    spec |= dict(version='1.0', truncation=None, padding=None, post_processor=None, added_tokens=[dict(id=t.vocab[s], special=True, content=s, single_word=False, lstrip=False, rstrip=False, normalized=s == '<|startoftext|>') for s in special])
+    spec['model'] |= dict(vocab=dict(t.vocab)) | (dict(merges=[' '.join(m) for m in t.merges]) if isinstance(t, ClipBPE) else {})
+    for name, value in changes.items():
+        *at, last = [int(k) if k.isdigit() else k for k in name.split('__')]; d = spec
+        for k in at: d = d[k]
+        if last == 'new': d.append(value)
+        else: d[last] = value
+    path.write_text(json.dumps(spec)); return path
+
+def test_published_and_own_tokenizer_json_are_read(small, tiny, tmp_path):
+    for t in (small, tiny, WordPiece(small.pieces, mode='open_clip'), WordPiece(small.pieces, lower=False), WordPiece(small.pieces, lower=False, mode='open_clip')):
+        (tmp_path / 'r.json').write_text(t.rust().to_str()); back = load_tokenizer(tmp_path / 'r.json', mode=getattr(t, 'mode', None))
+        assert back.pieces == t.pieces and getattr(back, 'lower', None) == getattr(t, 'lower', None)
+    for lower, accents in ((True, None), (True, True), (False, None), (False, False)):
+        t = load_tokenizer(foreign(small, tmp_path / 'f.json', normalizer__lowercase=lower, normalizer__strip_accents=accents), mode='open_clip'); assert (t.pieces, t.lower) == (small.pieces, lower)
+    from tokenizers import Tokenizer as Rust
+    assert Rust.from_file(str(tmp_path / 'f.json')).encode('A Naïve 你好 cat').ids == ids(t, 'A Naïve 你好 cat')
+    front = r"<\|startoftext\|>|<\|endoftext\|>|" + CLIP_JSON['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
+    for changes in ({}, dict(model__type='BPE', model__byte_fallback=False, model__ignore_merges=False, pre_tokenizer__pretokenizers__0__pattern__Regex=front), dict(model__merges=[list(m) for m in tiny.merges], model__continuing_subword_prefix=None)):
+        assert load_tokenizer(foreign(tiny, tmp_path / 'c.json', **changes)).merges == tiny.merges
+
+@pytest.mark.parametrize('name,value,says', [('normalizer__strip_accents', False, 'normalizer.strip_accents is False'), ('normalizer__handle_chinese_chars', False, 'normalizer.handle_chinese_chars is False'), ('normalizer__clean_text', False, 'normalizer.clean_text is False'),
+    ('normalizer', None, 'normalizer is None'), ('normalizer', dict(type='NFC'), "normalizer.type is 'NFC'"), ('pre_tokenizer', dict(type='Whitespace'), "pre_tokenizer.type is 'Whitespace'"), ('pre_tokenizer', None, 'pre_tokenizer is None'), ('model__max_input_chars_per_word', 5, 'max_input_chars_per_word is 5'),
+    ('model__continuing_subword_prefix', '@@', "continuing_subword_prefix is '@@'"), ('model__unk_token', '[PAD]', r"unk_token is '\[PAD\]'"), ('added_tokens', [], r'added_tokens.\[PAD\] is None'), ('added_tokens__4__lstrip', True, r'added_tokens.\[MASK\].lstrip is True'), ('added_tokens__4__id', 3, r'added_tokens.\[MASK\].id is 3'),
+    ('added_tokens__new', dict(id=30522, content='[NEW]', single_word=False, lstrip=False, rstrip=False, normalized=False, special=True), r'added_tokens.\[NEW\] is'), ('added_tokens', [5], 'library can read'), ('pre_tokenizer', 'x', 'library can read')])
+def test_other_settings_of_word_pieces_are_refused_by_name(small, name, value, says, tmp_path):
+    with pytest.raises(UserError, match=says) as e: load_tokenizer(foreign(small, tmp_path / 'f.json', **{name: value}), mode='open_clip')
+    assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name,value,says', [('model__dropout', .1, 'model.dropout is 0.1'), ('model__ignore_merges', True, 'model.ignore_merges is True'), ('model__continuing_subword_prefix', '##', "continuing_subword_prefix is '##'"), ('normalizer__normalizers__2__type', 'NFC', r"normalizer.normalizers.2.type is 'NFC'"),
+    ('pre_tokenizer__pretokenizers__0__pattern__Regex', r'\s+', 'pattern.Regex is'), ('pre_tokenizer__pretokenizers__1__add_prefix_space', True, 'add_prefix_space is True'), ('model__vocab__a', 65, 'not 0 to'), ('added_tokens__new', dict(id=0, content='!', single_word=False, lstrip=False, rstrip=False, normalized=False), 'added_tokens.! is')])
+def test_other_settings_of_byte_pairs_are_refused_by_name(tiny, name, value, says, tmp_path):
+    with pytest.raises(UserError, match=says) as e: load_tokenizer(foreign(tiny, tmp_path / 'f.json', **{name: value}))
+    assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('a,b', [('a', 'b'), ('<|startoftext|>', '<|endoftext|>')])
+def test_exchanged_ids_of_byte_pairs_are_refused(tiny, a, b, tmp_path):
+    with pytest.raises(UserError, match='not in the order of its merges'): load_tokenizer(foreign(tiny, tmp_path / 'f.json', model__vocab=tiny.vocab | {a: tiny.vocab[b], b: tiny.vocab[a]}))
+
+def test_what_transformers_saves_is_read(small, tiny, tmp_path):
+    read = pytest.importorskip('transformers').AutoTokenizer.from_pretrained
+    small.save(tmp_path / 'a'); tiny.save(tmp_path / 'b'); (tmp_path / 'c').mkdir(); (tmp_path / 'c' / 'vocab.txt').write_text('\n'.join([*SPECIAL, 'a', '##b']) + '\n', 'utf-8'); (tmp_path / 'c' / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    for name, pieces in (('a', small.pieces), ('b', tiny.pieces), ('c', [*SPECIAL, 'a', '##b'])): read(str(tmp_path / name)).save_pretrained(tmp_path / f'{name}2'); assert load_tokenizer(tmp_path / f'{name}2').pieces == pieces
 
 def test_harmless_changes_of_a_file_are_read(small, tmp_path):
     for raw in ('\r\n'.join(small.pieces) + '\r\n', '\n'.join(small.pieces)):
@@ -280,6 +378,35 @@ def test_what_is_nowhere_is_said_with_the_places(places):
 
 # ---- of one's own
 
+@pytest.mark.parametrize('file,raw,says', [('a.csv', 'file,caption\n0.jpg,a dog\n1.jpg\n', 'row 1 has no string'), ('a.tsv', 'caption\tfile\na dog\t0.jpg\n', "row 0 has no 'text'"), ('a.jsonl', '{"caption": "a"}\n5\n', 'row 1 is of type int'), ('a.jsonl', 'null\n', 'row 0 is of type NoneType'),
+    ('a.jsonl', '{"caption": "a"}\n{"caption": "b"}\n"a caption"\n', 'row 2 is of type str'), ('a.jsonl', '{"caption": "a"}\n{"caption": null}\n', 'row 1 has no string'), ('a.jsonl', '{"caption": ["a"]}\n', 'row 0 has no string'), ('a.jsonl', '{"caption": "a"}\n\n', 'row 1: '), ('a.jsonl', '{"text": "a"}\n', "row 0 has no 'caption'")])
+def test_a_row_without_a_caption_is_numbered(file, raw, says, tmp_path):
+    (tmp_path / file).write_text(raw)
+    for read in (lambda f: list(caption_file(f, 'text' if file == 'a.tsv' else 'caption')), lambda f: train_wordpiece(caption_file(f, 'text' if file == 'a.tsv' else 'caption'))):
+        with pytest.raises(UserError, match=says) as e: read(tmp_path / file)
+        assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+
+def test_training_names_the_text_that_is_no_string():
+    for texts, says in ((['a', 'b', None], 'text 2 is of type NoneType'), ((t for t in ('a', 'b', 'c', 4.)), 'text 3 is of type float'), ([b'a'], 'text 0 is of type bytes')):
+        with pytest.raises(UserError, match=says): train_wordpiece(texts)
+    assert train_wordpiece({'a b', 'b c'}).pieces == train_wordpiece(['b c', 'a b']).pieces
+
+def test_endings_do_not_lower_the_curve():
+    "The third exercise of the chapter: frequent endings before the words cost pieces where the vocabulary is small, and nothing where all words fit."
+    import numpy as np
+    from clipa_nb.toyworld import WORLDS, caption_text, scenes
+    texts = caption_text(scenes(WORLDS['rich'], 0, np.arange(1000))); whole = train_wordpiece(texts, 10**6).pieces; counts, ends = {}, {}
+    for t in texts:
+        for w in official_words(t): counts[w] = counts.get(w, 0) + 1
+    for w, n in counts.items():
+        for i in range(1, len(w) - 1): ends['##' + w[i:]] = ends.get('##' + w[i:], 0) + n
+    first = next(i for i, p in enumerate(whole) if len(p.removeprefix('##')) > 1 and p not in SPECIAL)
+    def curve(n_ends):
+        pieces = [*whole[:first], *sorted(ends, key=lambda e: (-ends[e], e))[:n_ends], *whole[first:]]
+        return [sum(len(ids(t, c)) for c in texts[:200]) / 200 for t in (WordPiece(pieces[:v]) for v in (64, 72, 80, 96, 112, 128, 160, 192))]
+    plain = curve(0)
+    for n in (1, 3, 8, 20): with_ends = curve(n); assert with_ends[0] > plain[0] and with_ends[-1] == plain[-1] and all(a > .995 * b for a, b in zip(with_ends, plain))
+
 def test_training_reads_any_caption_file(tmp_path):
     texts = ['a red circle', 'two blue, "quoted" stars', 'naïve café'] * 5
     (tmp_path / 'a.txt').write_text('\n'.join(texts) + '\n', 'utf-8'); (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(dict(caption=t, n=1)) + '\n' for t in texts), 'utf-8')
@@ -302,6 +429,22 @@ def test_saved_beside_a_model_and_read_by_transformers(mode, small, tmp_path):
     assert load_tokenizer(tmp_path / 'model', 5, mode='open_clip').mode == 'open_clip' and not list((tmp_path / 'model').glob('.*'))
     read = pytest.importorskip('transformers').AutoTokenizer.from_pretrained(str(tmp_path / 'model'))
     for s in ('a photo of the cat', 'Naïve café, striped!', 'привет'): assert read(s).input_ids[:-1 if mode == 'open_clip' else None] == [t.vocab['[CLS]'], *ids(t, s)]
+
+def test_a_file_is_loaded_with_what_was_saved_beside_it(small, tiny, tmp_path):
+    t = WordPiece([*small.pieces, 'Cat'], 13, lower=False, mode='open_clip'); t.save(tmp_path / 'm')
+    for file in ('vocab.txt', 'tokenizer.json'):
+        back = load_tokenizer(tmp_path / 'm' / file); assert (back.mode, back.context_length, back.lower, back.pieces) == ('open_clip', 13, False, t.pieces) and back('A Cat [MASK]').equal(t('A Cat [MASK]'))
+        assert (said := load_tokenizer(tmp_path / 'm' / file, 9, mode='official')).mode == 'official' and said.context_length == 9
+    ClipBPE(tiny.merges, 11).save(tmp_path / 'c'); assert load_tokenizer(tmp_path / 'c' / 'merges.txt').context_length == 11
+    (tmp_path / 'm' / 'vocab.txt').write_text('\n'.join(t.pieces[:50] + t.pieces[51:]) + '\n', 'utf-8')
+    with pytest.raises(UserError, match='not the .* that were saved'): load_tokenizer(tmp_path / 'm' / 'vocab.txt')
+    (tmp_path / 'm' / 'other.txt').write_text('\n'.join(small.pieces) + '\n', 'utf-8'); assert load_tokenizer(tmp_path / 'm' / 'other.txt').context_length == 32 # another file has nothing to do with what was saved
+
+def test_a_tokenizer_is_not_saved_onto_a_file(small, tmp_path):
+    (tmp_path / 'f').write_text('mine')
+    for where in (tmp_path / 'f', tmp_path / 'f' / 'below'):
+        with pytest.raises(UserError, match='a file is in the way'): small.save(where)
+    assert (tmp_path / 'f').read_text() == 'mine'
 
 def in_worker(t): return t(['a photo of the cat', 'naïve 你好']).tolist()
 

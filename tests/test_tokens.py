@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import UserError, generator
 from clipa_nb.cost import SIZES, n_tokens
-from clipa_nb.patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, grid_of, patchify, resize_positions, sincos, tokens
+from clipa_nb.patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, grid_of, patchify, resize_positions, sincos, speeds, tokens
 from clipa_nb.token_dropping import IMAGE_STRATEGIES, TokenDrop, n_keep, resize, resize_for, take_tokens, true_ratio
 
 DROPPING = ('random', 'grid', 'block')
@@ -46,6 +46,7 @@ def test_class_token_in_front_of_every_sample():
 
 @pytest.mark.parametrize('call, says', [
     (lambda: tokens(100, 16), 'use 96 or 112'), (lambda: tokens((96, 0), 16), 'use 96 pixels for the height'), (lambda: tokens(224, 0), '1 or more'), (lambda: grid_of(0, 0, 16), 'not divisible'),
+    (lambda: PatchEmbed(8, 0), 'found a patch of 0 pixels, expected 1 or more'), (lambda: PatchEmbed(8, -4), 'found a patch of -4 pixels'),
     (lambda: PatchEmbed(8, 4)(torch.zeros(3, 8, 8)), 'batch axis'), (lambda: PatchEmbed(8, 4)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), 'normalise'), (lambda: PatchEmbed(8, 4)(torch.zeros(1, 3, 0, 8)), 'not divisible'),
     (lambda: sincos((0, 4), 8), 'at least 1×1'), (lambda: sincos((2, 2), 6), 'use 4 or 8'), (lambda: sincos((2, 2), 8, 'mocco'), 'did you mean moco'), (lambda: SinCos(8)((4, 0)), 'at least 1×1'),
     (lambda: LearnedPositions(8, (0, 4)), 'at least 1×1'), (lambda: LearnedPositions(8, (2, 2))((0, 4)), 'at least 1×1'), (lambda: resize_positions(torch.zeros(10, 8), (3, 3), (4, 4)), 'expected 0 + 3×3'),
@@ -54,6 +55,13 @@ def test_bad_patches_and_positions(call, says):
     with pytest.raises(UserError, match=re.escape(says)): call()
 
 # --- positions ---
+
+@pytest.mark.parametrize('width', [-8, 0, 1, 2, 3, 6, 30, 1282])
+def test_the_widths_an_error_offers_work(width):
+    with pytest.raises(UserError) as e: speeds(width)
+    offered = [int(n) for n in str(e.value).split('use ')[1].split(' or ')]
+    assert len(set(offered)) == len(offered) and all(len(speeds(n)) == n // 4 for n in offered)
+    assert offered == sorted({max(4, width // 4 * 4), max(4, width // 4 * 4 + 4)})
 
 @pytest.mark.parametrize('form', ['moco', 'mae'])
 @pytest.mark.parametrize('grid, width', [((3, 5), 8), ((4, 4), 4), ((24, 24), 64)])
@@ -105,6 +113,28 @@ def test_sincos_module_remembers_little_and_saves_nothing():
     with torch.inference_mode(): fresh = SinCos(8); fresh((2, 2))
     x = torch.randn(4, 8, requires_grad=True); (x * fresh((2, 2))).sum().backward(); assert x.grad.equal(fresh((2, 2)))
 
+@pytest.mark.parametrize('write', [lambda t: t.add_(1), lambda t: t[0].fill_(7), lambda t: t.detach().zero_(), lambda t: t.view(-1).mul_(2)])
+@pytest.mark.parametrize('mode', [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_nobody_can_spoil_the_remembered_table(write, mode):
+    "Remembered, not copied: the same tensor at every step, and another one after somebody wrote into it."
+    m, right = SinCos(8, n_prefix=1), sincos((2, 3), 8, cls=True).float()
+    with mode(): first = m((2, 3)); assert m((2, 3)) is first; write(first)
+    assert not first.equal(right) and m((2, 3)).equal(right) and m((2, 3)) is m((2, 3)), 'the change stayed'
+    write(m((2, 3)))
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))): assert twin((2, 3)).equal(right) and m((2, 3)).equal(right)
+
+def test_what_antialiasing_averages():
+    "What the solution to chapter 04's third exercise says, by the weights of the old rows in each new one."
+    plainly = lambda table, n: F.interpolate(table.T[None, :, None], size=(1, n), mode='bicubic')[0, :, 0].T
+    smoothly = lambda table, n: resize_positions(table, (1, len(table)), (1, n))
+    for old in (8, 16, 32):
+        plain, smooth = plainly(torch.eye(old), old // 2), smoothly(torch.eye(old), old // 2)
+        assert ((plain[1:-1] != 0).sum(1) == 4).all() and ((plain[1:-1] < 0).sum(1) == 2).all() and (plain.abs().sum(0) > 0.45).all(), 'every old row counts'
+        assert ((smooth != 0).sum(1) <= 8).all() and ((smooth[2:-2] != 0).sum(1) == 8).all()
+        torch.testing.assert_close(smooth, resize_positions(torch.eye(old), (old, 1), (old // 2, 1))) # a grid of one column is one of one row, turned
+    differ = lambda table: float((plainly(table, 4) - smoothly(table, 4)).norm() / smoothly(table, 4).norm())
+    assert differ(torch.randn(8, 64, generator=generator(0, 'rows'))) > 5 * differ(sincos((1, 8), 64).float())
+
 # --- dropping: counts ---
 
 @pytest.mark.parametrize('strategy', DROPPING)
@@ -150,6 +180,13 @@ def test_the_ratios_an_error_names_are_the_nearest_that_work(grid):
         below, above = [v for v in true if v < ratio], [v for v in true if v > ratio]
         assert named == [round(v, 3) for v in below[-1:] + above[:1]]
         for v in named: n_keep('grid', grid, v)
+
+@pytest.mark.parametrize('side, ratio, sides', [(200, 0.9998, (50, 100)), (17, 0.5, (1, 17)), (23, 0.9, (1, 23)), (48, 0.9978, (16, 24)), (100, 0.99985, (50, 100)), (1000, 0.99999, (250, 500)), (24, 0.8, (2, 3))])
+def test_the_ratios_an_error_names_work_on_large_grids(side, ratio, sides):
+    "Three digits do not tell a window of 50 from one of 100: as many as it takes are named."
+    with pytest.raises(UserError) as e: n_keep('grid', (side, side), ratio)
+    named = re.findall(r'\d\.\d+', str(e.value).split('expected')[1])
+    assert [n_keep('grid', (side, side), float(v)) for v in named] == [(side // s)**2 for s in sides] and all(len(v) >= 5 for v in named)
 
 def test_the_ratio_an_error_offers_leaves_a_patch():
     for n in (2, 3, 10, 49):
@@ -280,11 +317,16 @@ def test_a_strategy_can_be_handed_in():
     def last(b, grid, ratio, generator=None, device=None): return torch.arange(grid[0] * grid[1] - 3, grid[0] * grid[1], device=device).expand(b, -1)
     drop = TokenDrop(last, 0.5); assert drop(where_it_is(12), (3, 4))[1].tolist() == [[9, 10, 11]] * 3 and 'last' in repr(drop)
 
+def forgot(b, grid, ratio, generator=None, device=None): pass # the return
+
 @pytest.mark.parametrize('call, says', [
     (lambda: TokenDrop('random', -0.1), 'expected 0 ≤ ratio < 1'), (lambda: TokenDrop('block', 1), 'expected 0 ≤ ratio < 1'), (lambda: TokenDrop('grid', 0.5), '0.000 or 0.750'), (lambda: TokenDrop('none', 0.5), 'name a strategy'),
     (lambda: TokenDrop('blok', 0.5), 'did you mean block'), (lambda: TokenDrop('resize', 0.5), 'it is a transform'), (lambda: TokenDrop()(torch.zeros(1, 0, 4), (0, 8)), 'at least 1×1'),
     (lambda: TokenDrop('random', 0.5, 1)(torch.zeros(1, 64, 4), (8, 8)), 'expected 1 + 8×8'), (lambda: TokenDrop('grid', 0.75)(torch.zeros(1, 49, 4), (7, 7)), '0.000 or 0.980'),
     (lambda: take_tokens(torch.zeros(3, 8, 4), torch.zeros(2, 4, dtype=torch.int64)), 'one row of ids'),
+    (lambda: TokenDrop('random', 0.5, -1), 'found n_prefix = -1, expected 0 or more'), (lambda: TokenDrop(n_prefix=-1), 'found n_prefix = -1'),
+    (lambda: TokenDrop(forgot, 0.5)(torch.zeros(1, 8, 4), (2, 4)), "the strategy forgot gave NoneType, expected ids [B,K]"), (lambda: TokenDrop(lambda *a, **k: [[0, 1]], 0.5)(torch.zeros(1, 8, 4), (2, 4)), 'gave list, expected'),
+    (lambda: TokenDrop(lambda b, grid, ratio, device: torch.ones(b, 8, dtype=torch.bool), 0.5)(torch.zeros(1, 8, 4), (2, 4)), 'gave torch.bool, expected ids [B,K]: an int64 tensor'),
 ])
 def test_bad_use_of_the_dropper(call, says):
     with pytest.raises(UserError, match=re.escape(says)): call()

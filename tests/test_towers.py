@@ -6,11 +6,11 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from clipa_nb.clip import CLIP, IMAGE_POOLS, MODELS, TEXT_MASKS, TEXT_POOLS, HFTower, ModelConfig, TimmTower, Unit, build_clip, image_tower, load_weights, model_config, text_tower
+from clipa_nb.clip import CLIP, CLIP_INITS, IMAGE_POOLS, MODELS, TEXT_MASKS, TEXT_POOLS, First, HFTower, Mean, ModelConfig, NormedMean, TimmTower, Unit, build_clip, image_tower, init_clip, load_weights, model_config, text_tower
 from clipa_nb.core import UserError, autocast
 from clipa_nb.cost import SIZES, Tower, parameters
 from clipa_nb.optimization import make_optimizer, param_groups
-from clipa_nb.transformer import CHECKPOINTING, INITS, Attention, Block, DropPath, Encoder, ScaledBlock, attention, causal_mask, init_encoder, pad_mask, pick_attention, reading_weights
+from clipa_nb.transformer import CHECKPOINTING, ACTS, INITS, Attention, Block, DropPath, Encoder, ScaledBlock, attention, causal_mask, init_encoder, pad_mask, pick_attention, reading_weights
 
 SMALL = ModelConfig(image=Tower(32, 3, 4, 96), text=Tower(24, 2, 3, 72), embed_dim=16, image_size=32, patch=8, context_length=7, vocab_size=60)
 
@@ -89,6 +89,7 @@ def test_the_choice_of_an_attention(monkeypatch):
 def test_attention_refuses():
     with pytest.raises(UserError, match='not divisible by 5 heads'): Attention(32, 5)
     with pytest.raises(UserError, match='did you mean sdpa'): build_clip(SMALL.replace(attention='spda'))
+    with pytest.raises(UserError, match="unknown attention 'flsh'"): attention(*torch.randn(3, 1, 1, 3, 4), impl='flsh')
 
 # the towers against their formulas, written out once more in numpy, in float64
 
@@ -230,6 +231,34 @@ def test_what_the_model_returns():
     floats = (bytes_ / 255 - torch.tensor(SMALL.mean).view(3, 1, 1)) / torch.tensor(SMALL.std).view(3, 1, 1)
     assert torch.allclose(model.encode_image(bytes_), model.encode_image(floats), atol=1e-5)
 
+def no_change(m): pass
+def another_act(m): m.visual.encoder.blocks[1].mlp.act = F.gelu
+def another_norm(m): m.text.norm.eps = 1e-5
+def another_first(m): m.visual.pool = Mean(0)
+def normed_mean(m): m.visual.pool = NormedMean(1)
+def class_token(m): m.visual.pool = First()
+def prefix(m): m.visual.n_prefix = 0
+def causal(m): m.text.mask = TEXT_MASKS['causal']
+def another_pool(m): m.text.pool = TEXT_POOLS['first'](SMALL)
+def another_id(m): m.text.pool = TEXT_POOLS['eos'](SMALL.replace(eos_id=3))
+
+@pytest.mark.parametrize('change', [no_change, another_act, another_norm, another_first, normed_mean, class_token, prefix, causal, another_pool, another_id])
+def test_an_exchanged_part_shows_in_the_repr(change):
+    "The same shapes, another function: only the repr tells two such models apart."
+    with torch.device('meta'): a, b = (build_clip(SMALL.replace(text_pool='eos')) for _ in range(2))
+    change(b)
+    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
+    assert shapes(a) == shapes(b)
+    assert (repr((a.visual, a.text)) == repr((b.visual, b.text))) == (change is no_change)
+
+def test_reprs_name_functions():
+    model = build_clip(SMALL.replace(text_mask='causal_pad', text_pool='eos', eos_id=7, act='quick_gelu', pool='avgmax'))
+    assert 'mask=mask_causal_pad, pool=eos(eos_id=7)' in repr(model.text) and '(pool): MeanMax(first=1)' in repr(model.visual)
+    for name in ACTS: assert f'act={name}\n' in repr(build_clip(SMALL.replace(act=name)).text)
+    model.text.mask = lambda ids: None
+    model.visual.encoder.blocks[0].mlp.act = nn.ReLU()
+    assert 'mask=<lambda>' in repr(model.text) and 'act=ReLU' in repr(model.visual)
+
 def test_no_forward_looks_at_a_configuration():
     import inspect
     from clipa_nb.clip import ImageTower, TextTower
@@ -351,6 +380,13 @@ def test_small_starts_as_the_identity():
     with pytest.raises(UserError, match='unknown initialisation'): init_encoder(Encoder(32, 1, 4, 64), 'he')
     with pytest.raises(UserError, match='did you mean t5x'): build_clip(SMALL.replace(init='t5'))
 
+@pytest.mark.parametrize('style', CLIP_INITS)
+def test_a_used_model_begins_anew(style):
+    cfg = SMALL.replace(init=style, pre_norm=True, pool='map', positions='learned', init_scale=10., init_bias=-3.)
+    used, fresh = shaken(cfg), build_clip(cfg)
+    for model in (used, fresh): torch.manual_seed(4); init_clip(model, style)
+    assert [k for k, v in used.state_dict().items() if not torch.equal(v, fresh.state_dict()[k])] == []
+
 def test_same_seed_same_model_and_every_parameter_learns():
     states = []
     for seed in (0, 0, 1): torch.manual_seed(seed); states.append(build_clip(SMALL).state_dict())
@@ -456,6 +492,24 @@ def test_timm_towers(name, kwargs, n):
     model.set_grad_checkpointing(), model.set_grad_checkpointing(False)
     with pytest.raises(UserError, match="expected 'full' or 'none'"): model.set_grad_checkpointing('selective')
 
+@pytest.mark.parametrize('name', ['mixer_s32_224', 'xcit_nano_12_p16_224', 'levit_128s', 'coat_tiny'])
+def test_timm_trunks_without_a_grid(name):
+    pytest.importorskip('timm', reason='timm is not installed')
+    tower = TimmTower(name, 16)
+    with torch.no_grad(), pytest.raises(UserError, match=f'the timm trunk {type(tower.trunk).__name__} does not tell the grid'): tower(torch.zeros(1, 3, 224, 224))
+
+def test_timm_trunks_without_groups():
+    pytest.importorskip('timm', reason='timm is not installed')
+    with pytest.raises(UserError, match='the timm trunk MetaFormer names no groups'): TimmTower('poolformer_s12', 16).lock()
+
+def test_names_of_trunks_that_nobody_knows(tmp_path):
+    pytest.importorskip('timm', reason='timm is not installed'); pytest.importorskip('transformers', reason='transformers is not installed')
+    for load, words in ((lambda: TimmTower('vit_tinny_patch16_224', 16), r"timm does not load 'vit_tinny_patch16_224' \(Unknown model .*\): did you mean vit_tiny_patch16_224"),
+                        (lambda: TimmTower('0', 16), "timm does not load '0' .*: check the name"),
+                        (lambda: HFTower(str(tmp_path), 16), 'transformers does not load .*: check the name')):
+        with pytest.raises(UserError, match=words) as seen: load()
+        assert '\n' not in str(seen.value)
+
 def test_timm_batch_norms_stand_still():
     pytest.importorskip('timm', reason='timm is not installed')
     model, image = CLIP(TimmTower('resnet10t', 16), text_tower(SMALL), SMALL), batch(SMALL)[0]
@@ -505,6 +559,11 @@ def test_missing_extras_are_named(monkeypatch):
 def test_configurations_that_cannot_be(change, words):
     with pytest.raises(UserError, match=words): build_clip(SMALL.replace(**change))
 
+def test_one_temperature():
+    model, state = build_clip(SMALL), build_clip(SMALL).state_dict()
+    assert load_weights(model, state | {'logit_scale': torch.tensor([2.])}).logit_scale.item() == 2
+    with pytest.raises(UserError, match=r'logit_scale \(2,\) for \(\)'): load_weights(model, state | {'logit_scale': torch.zeros(2)})
+
 def test_texts_longer_than_the_context():
     model = build_clip(SMALL)
     with pytest.raises(UserError, match='has 7 positions'): model.encode_text(torch.ones(1, 8, dtype=torch.int64))
@@ -517,6 +576,29 @@ def test_ids_of_another_vocabulary(ids, words):
 @pytest.mark.parametrize('image,words', [(torch.zeros(1, 3, 30, 32), 'not divisible by patch 8'), (torch.zeros(3, 32, 32), r'expected \[B,3,H,W\]'), (torch.zeros(1, 4, 32, 32), r'expected \[B,3,H,W\]')])
 def test_pictures_that_do_not_fit(image, words):
     with pytest.raises(UserError, match=words): build_clip(SMALL).encode_image(image)
+
+@pytest.mark.parametrize('shape', [(2, 32, 32, 3), (2, 4, 32, 32), (2, 1, 32, 32), (3, 32, 32)])
+def test_bytes_that_are_no_pictures(shape):
+    with pytest.raises(UserError, match=r'found bytes of shape .* expected images \[B,3,H,W\]'): build_clip(SMALL).encode_image(torch.zeros(shape, dtype=torch.uint8))
+
+def test_asking_for_the_shape_of_bytes_leaves_nothing_in_the_graph():
+    model, graphs = build_clip(SMALL), []
+    def keep(graph, example): graphs.append([n.target for n in graph.graph.nodes if n.op.startswith('call')]); return graph.forward
+    bytes_ = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch._dynamo.reset()
+    with torch.no_grad(): got = torch.compile(model.pixels, fullgraph=True, backend=keep)(bytes_)
+    assert torch.equal(got, model.pixels(bytes_)) and len(graphs) == 1
+    assert [getattr(t, '__name__', t) for t in graphs[0]] in (['sub', 'truediv', 'to'], ['sub', 'truediv'])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match='expected images'): torch.compile(model.pixels, fullgraph=True, backend=keep)(bytes_.permute(0, 2, 3, 1))
+    torch._dynamo.reset()
+
+def test_a_temperature_in_single_precision_beside_towers_in_half():
+    model, image, ids = build_clip(SMALL), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), batch(SMALL, 2)[1]
+    want = model.logit_scale.detach().clone()
+    model.bfloat16(); model.logit_scale.data = want.clone()
+    assert model.encode_image(image).dtype == torch.bfloat16
+    assert torch.equal(model(image, ids)[2].detach(), want.exp())
 
 def test_one_graph_for_the_compiler():
     "torch.compile sees the whole model as one graph: lazily computed tokens, dropped patches and recomputed blocks included."

@@ -1,33 +1,34 @@
 "The toy world: the same on every machine, split without leaks, truth that agrees with the pixels, errors that advise."
-import hashlib, os, subprocess, sys
+import hashlib, itertools, json, os, runpy, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from clipa_nb.core import UserError
 from clipa_nb.toyworld import (COLOURS, LANGUAGES, SHAPE_NAMES, SHIFTS, WORLDS, World, boxes, caption_text, captions, class_names, class_scenes,
-                               glyph_masks, keys, labels, lexicon, masks, pairs, questions, render, scenes, shifted)
+                               check_world, glyph_masks, keys, labels, lexicon, masks, pairs, questions, render, scenes, shifted)
 
 ARRAYS = ('index', 'count', 'kind', 'colour', 'fill', 'font', 'x', 'y', 'half', 'angle', 'axis', 'ground', 'dark', 'level', 'slope')
 hues, DEMO = list(COLOURS), World() # the demo's world, without glyphs
 
-def digest(sc):
-    "One hash of specs and of captions in both languages."
+def digest(sc, langs=tuple(LANGUAGES)):
+    "One hash of specs and of captions."
     h = hashlib.sha256()
     for k in ARRAYS: h.update(np.ascontiguousarray(getattr(sc, k)).tobytes())
-    for lang in LANGUAGES: h.update('|'.join(caption_text(sc, lang)).encode())
+    for lang in langs: h.update('|'.join(caption_text(sc, lang)).encode())
     return h.hexdigest()[:16]
 
 def shown(sc): return {(hues[c], SHAPE_NAMES[k]) for c, k in zip(sc.colour[sc.kind >= 0], sc.kind[sc.kind >= 0])}
 
 # --- the same everywhere, in any order ---
 
-GOLDEN = {'demo': 'ceba6c1a37dac803', 'rich': 'fe900d6d03db2b1f', 'scattered': 'c2b3612eef2d7e47', 'glyphs': 'e1c9651bd50e8079'}
+GOLDEN = {'demo': ('0c635b7e9a32a664', 'ceba6c1a37dac803'), 'rich': ('a573ed96bb5337ca', 'c98e4f670c86a2d6'), # in English, which recorded runs read, and in both languages
+          'scattered': ('6a305fe4c2947d22', 'c2b3612eef2d7e47'), 'glyphs': ('4725151234065fd9', 'e1c9651bd50e8079')}
 
 @pytest.mark.parametrize('name', WORLDS)
 def test_specs_and_captions_never_change(name):
-    w = DEMO if name == 'demo' else WORLDS[name]
-    assert digest(scenes(w, 0, range(300))) == GOLDEN[name], 'specs or captions of a seed changed: every recorded result is of another world'
+    sc = scenes(DEMO if name == 'demo' else WORLDS[name], 0, range(300))
+    assert (digest(sc, ('en',)), digest(sc)) == GOLDEN[name], 'specs or captions of a seed changed: every recorded result is of another world'
 
 @pytest.mark.parametrize('name', WORLDS)
 def test_order_and_company_do_not_matter(name):
@@ -136,7 +137,21 @@ def test_words_are_the_text_and_every_word_has_its_one_tag(name, lang):
         assert cap.text == text == sep.join(w for w, *_ in cap.words)
         assert all(table[w] == t for w, t, _ in cap.words)
         assert {o for *_, o in cap.words} - {-1} == set(range(sc.count[i]))
-        if lang == 'en': assert 3 <= len(cap.words) <= 30
+        assert 3 <= len(cap.words) <= 30
+
+@pytest.mark.parametrize('lang', LANGUAGES)
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_a_caption_has_3_to_30_words_whatever_is_said(n, lang):
+    dials = ('say_fill', 'say_ground', 'orders', 'filler', 'opener', 'glyphs'); said = dict(say_size=1., say_place=1., say_relation=1., say_shade=1., synonyms=0.5); shortened = 0
+    for i, corner in enumerate(itertools.product((0., 1.), repeat=len(dials))):
+        sc = scenes(World(n_objects=(0.,) * (n - 1) + (1.,), **(said if i % 3 else {}), **dict(zip(dials, corner))), i, range(100))
+        for cap in captions(sc, lang):
+            assert 3 <= len(cap.words) <= 30, cap.text
+            assert {o for *_, o in cap.words} - {-1} == set(range(n))
+            articles = [w for w, _, o in cap.words if w == '个' and o >= 0]
+            if lang == 'zh' and not articles: shortened += 1; assert len(cap.words) + 2 * n > 30 # only where nothing else is left to drop
+            elif lang == 'zh': assert len(articles) == n
+    assert (shortened > 0) == (lang == 'zh' and n == 3)
 
 def test_words_speak_of_the_object_they_belong_to():
     sc = scenes(DEMO, 0, range(2000))
@@ -153,6 +168,23 @@ def test_relations_in_captions_are_true():
         dx, dy = sc.x[i, b] - sc.x[i, a], sc.y[i, b] - sc.y[i, a]
         assert dict(left=dx > 0, right=dx < 0, above=dy > 0, below=dy < 0)[said]
     assert seen == {'left', 'right', 'above', 'below'}
+
+@pytest.mark.parametrize('w', [World(n_objects=(0., 1.), jitter_2=15., size_2=(1., 32.)), World(n_objects=(0., 0., 1.), jitter_3=10., size_3=(1., 32.))])
+def test_relations_are_true_and_centres_in_view_at_the_limits_of_jitter(w):
+    sc = scenes(w, 0, range(60_000))
+    for k in range(sc.kind.shape[1] - 1):
+        beside = sc.axis == 1
+        assert (sc.x[:, k + 1] - sc.x[:, k])[beside].min() >= 1 and (sc.y[:, k + 1] - sc.y[:, k])[~beside].min() >= 1
+    assert np.abs(sc.x).max() <= 31 and np.abs(sc.y).max() <= 31
+    assert masks(sc[:500], 160)[sc.kind[:500] >= 0].any((1, 2)).all() # something of every shape is in the picture
+
+@pytest.mark.parametrize('half', [1., 8., 32.])
+def test_every_shape_shows_in_every_corner_at_the_limit_of_jitter(half):
+    shapes, corners, angles = (a.reshape(-1, 1) for a in np.meshgrid(np.arange(len(SHAPE_NAMES)), np.arange(4), np.arange(0, 360, 15.), indexing='ij'))
+    check_world(DEMO.replace(jitter_1=26.))
+    sc = scenes(World(n_objects=(1.,)), 0, range(len(shapes))).replace(kind=shapes, angle=angles.astype(np.float32), half=np.full(shapes.shape, half, np.float32),
+                                                                      x=np.where(corners % 2, 26, -26).astype(np.float32), y=np.where(corners // 2, 26, -26).astype(np.float32))
+    assert masks(sc, 128).any((2, 3)).all()
 
 def test_keys_are_equal_exactly_where_meaning_is():
     w = WORLDS['rich'].replace(n_objects=(0.5, 0.5), say_fill=0., say_place=0., say_size=0.2, say_ground=0., glyphs=0.3)
@@ -269,6 +301,69 @@ def test_no_scenes_are_fine():
 
 def test_worlds_survive_json():
     for w in WORLDS.values(): assert World.from_json(w.to_json()) == w
+
+# --- the recorded rows ---
+
+def recorded_cell():
+    "The source of the cell that draws recorded rows, and of the prose behind it."
+    cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads((Path(__file__).parents[1] / 'nbs' / '01_toyworld.ipynb').read_text())['cells']]
+    i = next(i for i, (kind, s) in enumerate(cells) if kind == 'code' and 'results/toyworld.jsonl' in s)
+    return cells[i][1], cells[i + 1][1]
+
+@pytest.mark.parametrize('panels, values, seeds', [(0, 0, 0), (1, 1, 1), (2, 3, 2), (5, 2, 1), (9, 5, 3), (11, 2, 2)])
+def test_every_recorded_row_is_drawn(panels, values, seeds, tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    from clipa_nb.viz import PALETTE, canvas
+    at = lambda p, v, s, m: ((p * 7 + v * 13 + s * 3 + m * 29) % 90 + 5) / 100
+    names = ('class_top1', 'shape', 'colour', 'r1'); label = ['demo', 'turned ±90°', 'contrast 0.3', 'specks', 'grain 30']
+    rows = [dict(dial=f'dial {p}', value=label[v], seed=s, hardware='here', data=f'{p}/{v}', metrics={k: at(p, v, s, m) for m, k in enumerate(names)})
+            for s in range(seeds) for p in range(panels) for v in range(values)]
+    (tmp_path / 'results').mkdir(); (tmp_path / 'results/toyworld.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows)); monkeypatch.chdir(tmp_path)
+    ns = dict(json=json, np=np, textwrap=textwrap, Path=Path, PALETTE=PALETTE, canvas=canvas); exec(recorded_cell()[0], ns); fig = ns['fig']; fig.savefig(tmp_path / 'x.png')
+    drawn = [ax for ax in fig.axes if ax.get_title()]
+    assert [ax.get_title() for ax in drawn] == [f'dial {p}' for p in range(panels)] and len(fig.legends) == (panels > 0)
+    assert len({round(ax.get_position().x0, 3) for ax in drawn}) <= 3
+    for p, ax in enumerate(drawn):
+        assert [t.get_text().replace('\n', ' ') for t in ax.get_xticklabels()] == label[:values]
+        for m, (line, dots) in enumerate(zip(ax.lines, ax.collections, strict=True)):
+            np.testing.assert_allclose(line.get_ydata(), [np.mean([100 * at(p, v, s, m) for s in range(seeds)]) for v in range(values)])
+            np.testing.assert_allclose(sorted(map(tuple, dots.get_offsets())), sorted((v, 100 * at(p, v, s, m)) for v in range(values) for s in range(seeds)))
+        boxes = [t.get_window_extent() for t in ax.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:])), 'tick labels run into one another'
+
+def test_the_prose_says_what_the_rows_say():
+    rows = [json.loads(l) for l in (Path(__file__).parents[1] / 'nbs/results/toyworld.jsonl').read_text().splitlines()]; prose = recorded_cell()[1]
+    mean = lambda dial, value, k: np.mean([r['metrics'][k] for r in rows if (r['dial'], r['value']) == (dial, value)])
+    for dial, gentle, harsh in (('half-size of a lone object', '11–25', '5–9'), ('jitter of a lone object', '4', '22'), ('captions', 'demo', 'rich'), ('world', 'demo', 'rich'), ('world', 'demo', 'scattered')):
+        for k in ('class_top1', 'shape', 'r1'): assert mean(dial, harsh, k) < mean(dial, gentle, k), (dial, k)
+        assert mean(dial, harsh, 'colour') > 0.97
+    for world in ('rich', 'scattered'): assert mean('world', world, 'shape') < 0.2 and mean('world', world, 'r1') < 0.3 # little retrieval, too
+    assert 'R@1 falls with them' in prose and 'retrieval score read alone' not in prose
+    by_name = {v: [mean('colour is named', v, k) for k in ('class_top1', 'shape')] for v in ('0.6', '0.9', '1')}
+    assert max(by_name, key=lambda v: by_name[v][0]) == '1' == min(by_name, key=lambda v: by_name[v][1])
+    alone = {d for world, dials, *_ in (json.loads(r['data']) for r in rows) if world == 'demo' and len(dials) <= 3 for d, _ in dials}
+    assert not alone & {'n_objects', 'size_2', 'size_3', 'jitter_2', 'jitter_3', 'grounds', 'say_size', 'say_fill', 'say_place', 'say_relation', 'say_shade', 'say_ground', 'language'}
+
+# --- legal and illegal worlds ---
+
+def test_the_worlds_in_use_are_legal():
+    for w in WORLDS.values(): check_world(w)
+    from clipa_nb.recipes import toy_world
+    bench = runpy.run_path(str(Path(__file__).parent / 'bench' / 'dials.py'))
+    for _, _, *setting in bench['RUNS']: check_world(toy_world(bench['recipe'](*setting).data))
+    for dials in (dict(jitter_1=22.), dict(jitter_2=13.), dict(jitter_1=0, noise=0, clutter=np.int64(6)), dict(rotation=180., contrast=(0.2, 0.2)), dict(n_objects=[3, 0, 1])): check_world(World(**dials))
+
+NAN, INF = float('nan'), float('inf')
+PROBABILITIES = ('glyphs', 'opener', 'filler', 'synonyms', 'orders', 'say_colour', 'say_shape', 'say_size', 'say_fill', 'say_place', 'say_relation', 'say_shade', 'say_ground')
+LIES = dict(n_objects=[0.5, (), (0.,), (NAN, 1), (INF, 1), (-1., 2.), ('a', 1), None], fills=[(1., 0.), (0., 0., NAN), 'abc'], grounds=[(0.,) * 4, 1.], jitter_1=[1000., -1., NAN, '4'], jitter_2=[16., 20., 30., -3., NAN, None],
+            jitter_3=[10.5, -2., INF], rotation=[-20., NAN, INF, 1e9, (1., 2.)], noise=[-6., NAN, INF, 'much'], contrast=[(5., 9.), (1., 0.5), (-0.1, 1.), (NAN, 1.), 1., (1.,)], clutter=[2.5, 7, -1, NAN, '3'], language=['fr', None, 3],
+            **{k: [12., (5.,), (9., 5.), (0., 9.), (9., 40.), (NAN, 9.), ('5', '9'), None] for k in ('size_1', 'size_2', 'size_3', 'size_glyph')}, **{k: [-0.1, 1.1, NAN, INF, 'often', None, (0.5,)] for k in PROBABILITIES})
+
+@pytest.mark.parametrize('dial', World().to_dict())
+def test_worlds_that_lie_are_refused(dial):
+    for value in LIES[dial]:
+        with pytest.raises(UserError) as e: scenes(World(**{dial: value}), 0, range(3))
+        assert dial in str(e.value) and '\n' not in str(e.value) and ('expected' in str(e.value) or dial == 'language')
 
 # --- bad input ---
 

@@ -12,7 +12,7 @@ and the median extra memory: the peak while the loss runs, above what was there 
 A form that does not fit is recorded as such. `plain` is `info_nce`'s own; `streamed N` has tiles of side N; `auto` follows
 `auto_chunk`; `open_clip` is its `ClipLoss` (`SigLipLoss`), under autocast where the features are bf16, as its trainer runs it.
 """
-import argparse, datetime, importlib.util, json, statistics, subprocess, sys, time
+import argparse, datetime, importlib.util, json, re, statistics, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,8 @@ def main():
     a = ap.parse_args(); gpu = a.device == 'cuda'
     a.dtype = a.dtype or ('bfloat16' if gpu else 'float32'); a.width = a.width or (1024 if gpu else 512)
     if a.one: return worker(a)
+    for f in a.forms or ():
+        if not re.fullmatch(r'plain|auto|open_clip|streamed [1-9]\d*', f): ap.error(f"unknown form {f!r}: expected plain, auto, open_clip or 'streamed N', N the side of a tile")
     import torch
     from record import cpu_name
     forms = a.forms or [f for f in (GPU_FORMS if gpu else FORMS) if f != 'open_clip' or importlib.util.find_spec('open_clip')]
