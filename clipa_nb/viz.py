@@ -252,7 +252,8 @@ def heatmap(
     if rows is not None: ax.set_yticks(range(len(rows)), [str(s) for s in rows])
     if cols is not None: ax.set_xticks(range(len(cols)), [str(s) for s in cols], rotation=45 if max(len(str(c)) for c in cols) * len(cols) > 9 * width else 0)
     for (i, j), v in np.ndenumerate(m if fmt and m.size <= 400 else np.zeros((0, 0))):
-        if v == v: ax.text(j, i, format(v, fmt), ha='center', va='center', fontsize=7, color=_ink_on(im.to_rgba(v)[:3]))
+        said = format(v, fmt); said = said.lstrip('-') if not said.strip('-0.') else said
+        if v == v: ax.text(j, i, said, ha='center', va='center', fontsize=7, color=_ink_on(im.to_rgba(v)[:3]))
     for i, j in outline: ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, ec=PALETTE['cls'], lw=2, clip_on=False))
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel); ax.spines[:].set_visible(False)
     return fig
@@ -315,7 +316,9 @@ def lines(
         ax.plot(xs, y, marker=marker or None, color=SERIES[i % len(SERIES)], ls='--' if label in dashed else '-', label=label)
     for name, axis in (('x', ax.xaxis), ('y', ax.yaxis)):
         if name in log: ax.set(**{f'{name}scale': 'log'}); axis.set_major_formatter(LogFormatter()); axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel); ax.grid(True); ax.legend()
+    at = np.unique([v for line in ax.lines for v in line.get_xdata()]); ticks = [f'{v:,.10g}' for v in at]
+    if 'x' in log and 1 < len(at) < 9 and len(''.join(ticks)) < 7 * width and (at[1:] >= 1.3 * at[:-1]).all(): ax.set_xticks(at, ticks); ax.set_xticks([], minor=True)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel); ax.grid(True); ax.legend(**(dict(loc='upper left', bbox_to_anchor=(1, 1)) if len(ys) > 5 else {}))
     return fig
 
 # %% ../nbs/02_viz.ipynb #c076

@@ -1,16 +1,16 @@
 "Weights in and out: the same numbers as open_clip, flax and the formulas; every mistake in one line; no code is ever run."
-import io, json, math, os, types, warnings, zipfile
+import copy, io, json, logging, math, os, types, warnings, zipfile
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from clipa_nb import pretrained as P
-from clipa_nb.clip import MODELS, build_clip, load_weights, model_config
+from clipa_nb.clip import MODELS, TEXT_MASKS, First, build_clip, load_weights, model_config
 from clipa_nb.core import UserError
 from clipa_nb.cost import Tower
 from clipa_nb.data import Transform
-from clipa_nb.tokenizer import load_tokenizer, train_wordpiece
+from clipa_nb.tokenizer import ClipBPE, load_tokenizer, train_wordpiece
 
 try: import open_clip
 except ImportError: open_clip = None
@@ -150,6 +150,15 @@ def test_another_size_on_load(name, size, length, tmp_path):
     assert gap(features(back, x, ids), features(theirs, x, ids)) < 1e-5
 
 @needs_open_clip
+def test_our_directory_at_another_size_is_theirs(saved):
+    "Sin-cos positions are stored as a table; at another size both libraries stretch it, unless we are told to recompute."
+    forced, name = dict(force_image_size=112), f'local-dir:{saved}'
+    x, ids = torch.randn(3, 3, 112, 112), torch.randint(1, 300, (3, 8))
+    theirs = open_clip.create_model(name, **forced).eval()
+    for how in ({}, dict(positions='interpolate')): assert gap(features(P.create_model(name, **forced, **how).eval(), x, ids), features(theirs, x, ids)) < 1e-5
+    assert gap(features(P.create_model(name, **forced, positions='recompute').eval(), x, ids), features(theirs, x, ids)) > 1e-2
+
+@needs_open_clip
 def test_every_plain_architecture_of_open_clip(tmp_path):
     "Each is either built with the same names and shapes, or refused by name."
     built, refused = [], []
@@ -206,6 +215,54 @@ def test_tokenizer_files_are_read_by_open_clip(tmp_path):
     texts = ['a red star', 'a photo of a blue ring']
     theirs = open_clip.get_tokenizer(f'local-dir:{out}')(texts)
     assert torch.equal(P.get_tokenizer(f'local-dir:{out}')(texts), theirs) and theirs.shape == (2, 32)
+
+def tokenizers(kind, length):
+    return train_wordpiece(['a red star', 'a photo of a blue ring'] * 3, 120, length) if kind == 'pieces' else load_tokenizer('clip', length)
+
+@needs_open_clip
+@pytest.mark.parametrize('kind, mask', [('pieces', 'none'), ('pieces', 'causal'), ('pairs', 'none'), ('pairs', 'causal')])
+@pytest.mark.parametrize('again', [False, True])
+def test_the_tokenizer_handed_over_decides(kind, mask, again, tmp_path):
+    "open_clip makes the ids of the tokenizer that was saved, whatever the mask; also after loading and saving again."
+    pytest.importorskip('transformers')
+    tok, texts = tokenizers(kind, 12), ['a red star', 'a photo of a blue ring']
+    out = P.save_pretrained(small(vocab_size=49408, context_length=12, text_mask=mask), tmp_path / 'out', tokenizer=tok)
+    if again: out = P.save_pretrained(P.create_model(f'local-dir:{out}'), tmp_path / 'again', tokenizer=P.get_tokenizer(f'local-dir:{out}'))
+    ours, theirs = P.get_tokenizer(f'local-dir:{out}')(texts), open_clip.get_tokenizer(f'local-dir:{out}')(texts)
+    assert torch.equal(ours, tok(texts)) and torch.equal(ours, theirs)
+
+WORLDWIDE = dict(hf_tokenizer_name='facebook/xlm-v-base', tokenizer_kwargs=dict(clean='canonicalize'))
+
+def test_a_named_tokenizer_travels(saved, tmp_path):
+    "What the configuration says of a tokenizer that is not built here is kept; nobody gets CLIP's ids instead."
+    def f(d): d.pop('clipa_nb'); d['model_cfg']['text_cfg'].update(WORLDWIDE, no_causal_mask=False, pool_type='eos')
+    name = f'local-dir:{edit(saved, f)}'
+    out = P.save_pretrained(P.create_model(name), tmp_path / 'out')
+    for folder in (saved, out):
+        words = P.config_in(folder)['model_cfg']['text_cfg']
+        assert {k: words[k] for k in WORLDWIDE} == WORLDWIDE
+        refused("no vocabulary for 'facebook/xlm-v-base'", P.get_tokenizer, f'local-dir:{folder}')
+    if open_clip:
+        with pytest.raises(Exception): open_clip.get_tokenizer(f'local-dir:{out}')(['a red star'])
+    again = P.save_pretrained(P.create_model(f'local-dir:{out}'), tmp_path / 'again')
+    assert P.tokenizer_words(P.config_in(again)['model_cfg']['text_cfg']) == WORLDWIDE
+    assert P.from_open_clip_config(P.config_in(again)) == P.create_model(f'local-dir:{out}').cfg
+
+def test_the_tokenizer_of_a_registered_architecture(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, 'ADDED', {}); monkeypatch.setattr(P, 'ADDED_WORDS', {}, raising=False)
+    m = P.open_clip_config(SMALL)['model_cfg']; m['text_cfg'] |= dict(WORLDWIDE, no_causal_mask=False)
+    (tmp_path / 'far.json').write_text(json.dumps(m)); P.add_model_config(tmp_path)
+    assert P.tokenizer_words(P.get_model_config('far')['text_cfg']) == WORLDWIDE
+    assert P.tokenizer_words(P.config_in(P.save_pretrained(P.create_model('far'), tmp_path / 'out'))['model_cfg']['text_cfg']) == WORLDWIDE
+    refused("no vocabulary for 'facebook/xlm-v-base'", P.get_tokenizer, 'far')
+
+@pytest.mark.filterwarnings('default')
+def test_a_tokenizer_that_open_clip_cannot_read_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="CLIP's own byte pairs in place of these"): P.save_pretrained(small(), tmp_path / 'a', tokenizer=ClipBPE([('a', 'b</w>')]))
+    class Own:
+        def save(self, d): pass
+    with pytest.warns(UserWarning, match='other ids than this Own makes'): P.save_pretrained(small(), tmp_path / 'b', tokenizer=Own())
+    refused('expected one with .save', P.save_pretrained, small(), tmp_path / 'c', tokenizer=3)
 
 # ---- the same numbers as flax and as the formulas
 
@@ -362,6 +419,17 @@ def test_the_form_of_a_table_is_found_at_every_published_size(form):
 def test_learned_tables_cannot_be_recomputed(tmp_path):
     out = P.save_pretrained(small(positions='learned'), tmp_path / 'out')
     with pytest.raises(UserError, match="learned or fine-tuned: use positions='interpolate'"): P.create_model(f'local-dir:{out}', positions='recompute')
+
+def test_the_default_at_another_size(saved, monkeypatch):
+    "A table is stretched where the size changes, whether a directory or a name and a file lead to it; else the configuration decides."
+    monkeypatch.setitem(P.ADDED, 'small', SMALL); monkeypatch.setitem(P.ADDED, 'larger', SMALL.replace(image_size=112))
+    file, clipa = saved / P.FILES[0], dict(force_preprocess_cfg='clipa')
+    for name, more, wanted in ((f'local-dir:{saved}', {}, 'moco'), (f'local-dir:{saved}', dict(force_image_size=112), 'learned'), (f'local-dir:{saved}', dict(force_image_size=56), 'moco'), (f'local-dir:{saved}', dict(force_image_size=112, positions='recompute'), 'moco'),
+                               ('small', dict(pretrained=file), 'moco'), ('small', dict(pretrained=file, force_image_size=112), 'learned'), ('larger', dict(pretrained=file), 'learned'), ('larger', dict(pretrained=file, positions='recompute'), 'moco')):
+        model = P.create_model(name, **more, **clipa)
+        assert model.cfg.positions == wanted, (name, more)
+        assert len(model.visual.positions(*[(model.cfg.image_size // 14,) * 2])) == 1 + (model.cfg.image_size // 14)**2
+    assert "positions='recompute'" in (saved / 'README.md').read_text()
 
 # ---- preprocessing
 
@@ -600,6 +668,22 @@ def test_wrapped_models_are_unwrapped(tmp_path):
     refused(r'not what its configuration describes \(of another shape: visual.head.weight \(5, 64\) for \(32, 64\)\)', P.save_pretrained, other, tmp_path / 'y')
     refused('expected a CLIP model', P.save_pretrained, torch.nn.Linear(1, 1), tmp_path / 'x')
 
+@pytest.mark.parametrize('change, match', [
+    (lambda m: setattr(m.visual, 'pool', First()), r'visual.pool is First\(\), not Mean\(first=1\)'),
+    (lambda m: setattr(m.text, 'mask', TEXT_MASKS['causal']), 'text is TextTower.*mask_causal.*not TextTower'),
+    (lambda m: setattr(m.visual.encoder.blocks[0], 'ln_1', torch.nn.LayerNorm(64, 1e-3)), 'visual.encoder.blocks.0.ln_1 is LayerNorm.*eps=0.001'),
+    (lambda m: setattr(m.text.encoder.blocks[1], 'mlp', type(m.text.encoder.blocks[1].mlp)(48, 192, 'gelu')), 'text.encoder.blocks.1.mlp is MLP'),
+    (lambda m: setattr(m.unit, 'eps', 0.5), 'unit is Unit'),
+], ids=['pool', 'mask', 'eps', 'act', 'unit'])
+def test_exchanged_parts_are_not_saved_as_if_they_were_not(change, match, tmp_path):
+    model = small(); change(model)
+    refused(match, P.save_pretrained, model, tmp_path / 'out'); assert not (tmp_path / 'out').exists()
+
+def test_what_concerns_a_run_alone_does_not_keep_a_model_from_being_saved(tmp_path):
+    for i, more in enumerate((dict(image_strategy='grid', image_ratio=0.75), dict(attention='sdpa', checkpointing='selective'), dict(text_pool='eos', eos_id=7))): P.save_pretrained(small(**more), tmp_path / str(i))
+    model = small(); model.set_grad_checkpointing(); model.lock_image_tower(1); model.double()
+    P.save_pretrained(model, tmp_path / 'x')
+
 def test_loaded_models_train(saved):
     "Mapped weights are private: training changes neither the file nor another model."
     before = (saved / P.FILES[0]).read_bytes()
@@ -610,6 +694,21 @@ def test_loaded_models_train(saved):
     torch.optim.SGD(a.parameters(), 0.1).step()
     assert (saved / P.FILES[0]).read_bytes() == before and not torch.equal(a.text.embed.weight, b.text.embed.weight)
     assert torch.equal(b.text.embed.weight, small().text.embed.weight)
+
+def test_loaded_parameters_are_contiguous_and_the_file_is_not_copied(saved, monkeypatch):
+    read, files = P.read_state, {}
+    monkeypatch.setattr(P, 'read_state', lambda path: files.update(read(path)) or dict(files))
+    for name in (f'local-dir:{saved}', f'local-dir:{theirs_only(saved)}'):
+        files.clear(); model = P.create_model(name)
+        assert all(p.is_contiguous() for p in model.parameters())
+        assert torch.nn.utils.parameters_to_vector(model.parameters()).numel() == sum(p.numel() for p in model.parameters())
+        own = {k for k, p in model.named_parameters() if p.data_ptr() != files[P.rename(k)].data_ptr()}
+        assert own == set(P.TRANSPOSED) # all others are the mapped pages of the file
+    save_file(model.state_dict(), saved / 'flat.safetensors')
+
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+def test_parameters_from_jax_are_contiguous(dtype, monkeypatch):
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for p in tiny(dtype, monkeypatch).parameters())
 
 def test_push_to_hub(monkeypatch, saved):
     sent = {}
@@ -645,7 +744,22 @@ def test_options_of_the_model(saved):
     assert dropping.training and dropping.visual(x)[1]['ids'].shape == (2, 8) and dropping.eval().visual(x)[1]['ids'].shape == (2, 16)
     assert P.create_model(f'local-dir:{edit(saved, lambda d: (d.pop("clipa_nb"), d["model_cfg"]["vision_cfg"].update(patch_dropout=0.25)))}').cfg.image_ratio == 0.25
     half = P.create_model(name, precision='bf16').eval()
+    assert {k for k, p in half.named_parameters() if p.dtype != torch.bfloat16} == {'logit_scale'}
     assert half.encode_image(x).dtype == torch.bfloat16 and (half.encode_image(x, normalize=True) - small().encode_image(x, normalize=True)).abs().max() < 0.05
+
+@pytest.mark.parametrize('precision', ['bf16', 'pure_bf16'])
+def test_the_temperature_in_half_precision(precision, saved):
+    "bf16 keeps temperature and bias in fp32, as open_clip does under that name; pure_bf16 rounds them, as open_clip does."
+    model = small(init_bias=-10.003); model.logit_scale.data.fill_(math.log(100)); model.logit_bias.data.fill_(-10.003); P.save_pretrained(model, saved)
+    ours, x, ids = P.create_model(f'local-dir:{saved}', precision=precision).eval(), torch.randn(2, 3, 56, 56), torch.randint(1, 300, (2, 8))
+    zi, zt, scale, bias = ours(x, ids)
+    assert (abs(float(scale) - 100) < 1e-2) == (abs(float(bias) + 10.003) < 1e-5) == (precision == 'bf16')
+    assert torch.equal(ours.encode_image((x * 0 + 3).byte()), ours.encode_image((x * 0 + 3).byte())) and (zi - model(x, ids)[0]).abs().max() < 0.05
+    fresh = P.create_model('ViT-S-16-CLIPA', precision=precision, force_image_size=32)
+    assert fresh.logit_scale.dtype == ours.logit_scale.dtype and copy.deepcopy(fresh)(torch.zeros(1, 3, 32, 32), ids[:1])[0].isfinite().all()
+    if open_clip:
+        theirs = open_clip.create_model(f'local-dir:{saved}', precision=precision).eval()
+        assert torch.equal(scale, theirs.logit_scale.exp()) and theirs.logit_scale.dtype == ours.logit_scale.dtype
 
 def test_tokenizers_belong(saved, tmp_path):
     train_wordpiece(['a red star'] * 3, 60, 8).save(saved)
@@ -654,3 +768,112 @@ def test_tokenizers_belong(saved, tmp_path):
     refused('10', P.get_tokenizer, f'local-dir:{saved}')
     edit(saved, lambda d: d['model_cfg']['text_cfg'].update(tokenizer_mode='clips'))
     refused("tokenizer_mode='clips'", P.get_tokenizer, f'local-dir:{saved}')
+
+def test_a_length_of_zero_is_refused(saved):
+    train_wordpiece(['a red star'] * 3, 60, 8).save(saved)
+    refused('context length 0 is too short', P.get_tokenizer, f'local-dir:{saved}', context_length=0)
+    if open_clip: refused('context length 0 is too short', P.get_tokenizer, 'ViT-B-32', 0) # it brings the vocabulary
+
+@pytest.mark.parametrize('kwargs, match', [
+    ({'clean': 'canonicalize', 'strip_sep_token': True}, "captions cleaned by 'canonicalize'"), ({'strip_sep_token': False}, r'asks for \[SEP\]'), ({}, r'asks for \[SEP\]'),
+    ({'reduction_mask': 'syntax', 'strip_sep_token': True}, "unknown argument in tokenizer_kwargs 'reduction_mask'"), ({'clean': 'canon'}, "unknown way to clean captions 'canon'"), (3, 'expected a JSON object')])
+def test_words_about_a_tokenizer_are_honoured_or_refused(kwargs, match, saved):
+    train_wordpiece(['a red star'] * 3, 60, 8).save(saved)
+    edit(saved, lambda d: d['model_cfg']['text_cfg'].update(tokenizer_kwargs=kwargs))
+    refused(match, P.get_tokenizer, f'local-dir:{saved}')
+    if 'cleaned' not in match and 'SEP' not in match: refused(match, P.create_model, f'local-dir:{saved}')
+    else: assert P.create_model(f'local-dir:{saved}').cfg == SMALL # the weights can be used; the ids must come from elsewhere
+    edit(saved, lambda d: d['model_cfg']['text_cfg'].update(tokenizer_kwargs={'clean': 'whitespace', 'strip_sep_token': True}))
+    assert P.get_tokenizer(f'local-dir:{saved}')(['a red star']).shape == (1, 8)
+
+def test_kinds_of_positions_are_named(saved):
+    for kind, right in (('rope', False), ('none', False), ('sin_cos_2d', True), ('learnable', True)):
+        edit(theirs_only(saved) if 'clipa_nb' in P.config_in(saved) else saved, lambda d: d['model_cfg']['vision_cfg'].update(pos_embed_type=kind))
+        if right: assert P.create_model(f'local-dir:{saved}').cfg.positions == 'learned'
+        else: refused(f"unknown pos_embed_type '{kind}'", P.create_model, f'local-dir:{saved}')
+
+# ---- wrong values, wherever they stand
+
+@pytest.mark.parametrize('path, value, match', [
+    ('clipa_nb.act', 'gelu_tahn', 'did you mean gelu_tanh'), ('clipa_nb.text_pool', 'lst', 'did you mean last'), ('clipa_nb.image.heads', 0, r'clipa_nb\.image\.heads=0'), ('clipa_nb.text.heads', 0, r'clipa_nb\.text\.heads=0'), ('clipa_nb.ln_eps', 'x', "ln_eps='x': expected a number"),
+    ('vision_cfg.head_width', 0, r'vision_cfg\.head_width=0 cannot be built \(ZeroDivisionError'), ('text_cfg.heads', 0, r'text_cfg\.heads=0'), ('vision_cfg.patch_size', 0, r'vision_cfg\.patch_size=0'),
+    ('vision_cfg.mlp_ratio', None, 'mlp_ratio=None: expected a number'), ('vision_cfg.layers', 1.5, r'vision_cfg\.layers=1\.5'), ('text_cfg.act_kwargs', 'tanh', r"text_cfg\.act_kwargs='tanh'"),
+    ('text_cfg.width', -8, r'text_cfg\.width=-8'), ('preprocess_cfg', [0.5], 'preprocessing is list'), ('preprocess_cfg.mean', 'x', 'three numbers'), ('preprocess_cfg.std', [None] * 3, 'three numbers')])
+def test_wrong_values_are_told_with_their_key(path, value, match, saved):
+    def f(d):
+        if not path.startswith('clipa_nb'): d.pop('clipa_nb')
+        *way, last = ['model_cfg', *path.split('.')] if '_cfg.' in path and 'preprocess' not in path else path.split('.')
+        for k in way: d = d[k]
+        d[last] = value
+    refused(match, P.create_model, f'local-dir:{edit(saved, f)}')
+
+@pytest.mark.parametrize('half', ['model_cfg', 'clipa_nb'])
+def test_no_wrong_value_ends_in_a_traceback(half, saved, monkeypatch):
+    "Every setting at every odd value: understood, or one line."
+    whole = P.config_in(saved)
+    if half == 'model_cfg': whole.pop('clipa_nb'); whole['model_cfg'] = P.MODEL | dict(vision_cfg=P.VISION | whole['model_cfg']['vision_cfg'], text_cfg=P.TEXT | whole['model_cfg']['text_cfg'])
+    monkeypatch.setattr(P, '_culprit', lambda d: '') # finding it is tested above, and takes its time
+    def ways(d, path=()):
+        for k, v in d.items():
+            yield (*path, k)
+            if isinstance(v, dict): yield from ways(v, (*path, k))
+    n = 0
+    for path in ways(whole):
+        for value in (None, -1, 0, 1.5, 'x', [], {}, True, float('nan'), [1, 2, 3]):
+            d = json.loads(json.dumps(whole)); inner = d
+            for k in path[:-1]: inner = inner[k]
+            inner[path[-1]] = value
+            try: P.understood(d)
+            except UserError as e: assert '\n' not in str(e); n += 1
+    assert n > 200
+
+def test_arguments_of_the_wrong_kind(saved, tmp_path):
+    name = f'local-dir:{saved}'
+    for odd in ((56, 112), '56', 0, -14, True, 56.): refused('force_image_size=.*expected one integer', P.create_model, name, force_image_size=odd)
+    for odd in ('a', 0, 2.5): refused('force_context_length=.*expected one integer', P.create_model, name, force_context_length=odd)
+    for odd in (1.5, 1., -0.1, '0.5'): refused('force_patch_dropout=.*expected a share', P.create_model, name, force_patch_dropout=odd)
+    for odd in (3, dict(mean='a', std=1)): refused('preprocess', P.create_model, name, force_preprocess_cfg=odd)
+    for f in (P.create_model, P.get_tokenizer, P.get_model_config): refused("expected a name; for a directory write 'local-dir:", f, saved)
+    refused('expected a Preprocess', P.save_pretrained, small(), tmp_path / 'k', preprocess=lambda image: image)
+    for odd in ('50%', None): refused('metrics: top1 is .*, expected a number', P.save_pretrained, small(), tmp_path / 'k', metrics={'top1': odd})
+    assert '| top1 | 0.5 |' in P.model_card(SMALL, metrics={'top1': torch.tensor(0.5)})
+    refused('README.md is a file, so', P.save_pretrained, small(), saved / 'README.md' / 'x' / 'y')
+    for train in (False, True): refused('cannot be decoded', P.preprocess(SMALL, train), b'garbage')
+    whole = io.BytesIO(); Image.new('RGB', (90, 70)).save(whole, 'PNG'); refused('cannot be decoded', P.preprocess(SMALL), whole.getvalue()[:60])
+    assert not (tmp_path / 'k').exists()
+    (saved / 'open_clip_config.json').write_text('{"model_cfg": {}}'); refused('holds no text_cfg', P.get_tokenizer, name)
+
+def test_a_registered_architecture_takes_the_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, 'ADDED', {}); monkeypatch.setattr(P, 'ADDED_WORDS', {}, raising=False)
+    (tmp_path / 'ViT-B-32.json').write_text(json.dumps(dict(embed_dim=32, vision_cfg=dict(width=64, layers=2, image_size=64), text_cfg=dict(width=64, heads=2, layers=2))))
+    assert P.get_model_config('ViT-B-32')['vision_cfg']['width'] == 768
+    P.add_model_config(tmp_path)
+    assert P.get_model_config('ViT-B-32')['vision_cfg']['width'] == P.get_model_config('ViT-B/32')['vision_cfg']['width'] == 64
+    assert P.create_model('ViT-B-32').visual.head.weight.shape == (32, 64)
+
+@pytest.mark.filterwarnings('default')
+def test_a_file_follows_the_name_and_says_where_its_directory_differs(tmp_path, monkeypatch):
+    monkeypatch.setitem(P.ADDED, 'small', SMALL)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); out = theirs_only(P.save_pretrained(small(act='gelu', ln_eps=1e-5), tmp_path / 'out')); same = P.save_pretrained(small(), tmp_path / 'same')
+    with pytest.warns(UserWarning, match='small is followed, though .* says act gelu for gelu_tanh, ln_eps 1e-05 for 1e-06: load local-dir:'): model = P.create_model('small', out / P.FILES[0])
+    assert (model.cfg.act, P.create_model(f'local-dir:{out}').cfg.act) == ('gelu_tanh', 'gelu')
+    edit(out, lambda d: d['model_cfg']['vision_cfg'].update(timm_model_name='vit')) # cannot be compared: only the preprocessing is read
+    with warnings.catch_warnings(): warnings.simplefilter('error'); P.create_model('small', out / P.FILES[0]); P.create_model('small', same / P.FILES[0])
+
+@pytest.mark.filterwarnings('default')
+def test_without_a_network_the_cached_copy_is_said_and_the_log_is_quiet(monkeypatch, saved):
+    class Loud(Hub):
+        def list_repo_files(self, where): logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s'); raise self.error
+    lines, handler = [], logging.Handler(); handler.emit = lambda r: lines.append(r.getMessage())
+    log = logging.getLogger('huggingface_hub'); log.addHandler(handler); level = log.level
+    try:
+        monkeypatch.setattr(P, 'need', lambda *a: Loud(ConnectionError(), copy=saved))
+        with pytest.warns(UserWarning, match=r'cannot be reached \(ConnectionError\): the copy in the cache is used; HF_HUB_OFFLINE=1'): P.create_model('hf-hub:org/old')
+        monkeypatch.setattr(P, 'need', lambda *a: Loud(ConnectionError()))
+        refused('HF_HUB_OFFLINE=1 saves the waiting', P.create_model, 'hf-hub:org/new')
+        class OfflineModeIsEnabled(ConnectionError): pass
+        monkeypatch.setattr(P, 'need', lambda *a: Loud(OfflineModeIsEnabled(), copy=saved))
+        with warnings.catch_warnings(): warnings.simplefilter('error'); assert P.create_model('hf-hub:org/old').cfg == SMALL
+        assert lines == [] and log.level == level
+        log.warning('after'); assert lines == ['after']
+    finally: log.removeHandler(handler)
