@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LINES', 'Flags', 'USES', 'COMMANDS', 'Options', 'n_workers', 'effective', 'recognise', 'claim', 'wait', 'given_data',
-           'open_data', 'unseen_words', 'open_tokenizer', 'stage_optimizer', 'trial_seconds', 'make_plan', 'plan_table',
-           'Run', 'quick_evals', 'begin_stage', 'Stopwatch', 'train_stage', 'train_stages', 'stage_rows', 'toy_tests',
-           'evaluate', 'headlines', 'shift_scores', 'report_table', 'draw_report', 'finish', 'run_effective', 'run',
-           'full_length', 'equal_steps', 'compare_run', 'demo', 'train', 'recipes', 'cost', 'Questions', 'checked',
-           'Pictures', 'toy_parts', 'lines_of', 'own_parts', 'ask', 'model_at', 'world_of', 'answers', 'score_table',
-           'eval_model', 'data', 'rate', 'measure', 'doctor', 'export', 'import_model', 'stopped', 'one_line', 'later',
-           'asked', 'main']
+           'open_data', 'unseen_words', 'open_tokenizer', 'stage_optimizer', 'trial_seconds', 'make_plan', 'duration',
+           'plan_table', 'Run', 'quick_evals', 'begin_stage', 'Stopwatch', 'train_stage', 'train_stages', 'stage_rows',
+           'toy_tests', 'evaluate', 'headlines', 'shift_scores', 'report_table', 'draw_report', 'finish',
+           'run_effective', 'run', 'full_length', 'equal_steps', 'compare_run', 'demo', 'train', 'recipes', 'cost',
+           'Questions', 'checked', 'Pictures', 'toy_parts', 'lines_of', 'own_parts', 'ask', 'model_at', 'world_of',
+           'answers', 'score_table', 'eval_model', 'data', 'rate', 'Observed', 'loader_rates', 'bottleneck', 'measure',
+           'doctor', 'export', 'import_model', 'stopped', 'one_line', 'with_help', 'later', 'asked', 'main']
 
 # %% ../nbs/19_cli.ipynb #c002
-import contextlib, functools, io, json, os, platform, re, shlex, signal, sys, time, warnings
+import contextlib, copy, functools, inspect, io, json, os, platform, re, shlex, signal, sys, time, traceback, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -48,7 +48,7 @@ class Options(Config):
     smoke: bool = False # the recipe's smoke twin: seconds on a CPU
     dry_run: bool = False # print the plan and stop
     compare: bool = False # also train at full length all along, for as long as the stages take
-    debug: bool = False # tracebacks instead of one-line errors
+    debug: bool = False # a traceback above each one-line error
 
 # %% ../nbs/19_cli.ipynb #c008
 def n_workers(
@@ -169,13 +169,14 @@ def open_tokenizer(
 
 # %% ../nbs/19_cli.ipynb #c035
 def stage_optimizer(
-    stage: Stage, # rates, moments, what is frozen
+    stage: Stage, # rates, moments, what decays, what is frozen
     model, # whose parameters
-): # raises `UserError` for a frozen pattern that matches nothing
+): # raises `UserError` for a pattern that matches nothing
     "The optimiser of a stage."
-    return make_optimizer(model, lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2), eps=stage.eps, rules=tuple((p, 'frozen') for p in stage.frozen))
+    rules = [*((p, 'frozen') for p in stage.frozen), *((p, 'decay') for p in stage.decayed)]
+    return make_optimizer(model, lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2), eps=stage.eps, rules=rules, decay=stage.decay)
 
-# %% ../nbs/19_cli.ipynb #c038
+# %% ../nbs/19_cli.ipynb #c040
 def trial_seconds(
     recipe: Recipe, # the run
     i: int, # which stage
@@ -197,7 +198,7 @@ def trial_seconds(
         start = clock(); float(train_step(task, task, batch, optimizer, step, cfg)['loss']); spent.append(clock() - start)
     return sorted(spent[1:])[steps // 2]
 
-# %% ../nbs/19_cli.ipynb #c041
+# %% ../nbs/19_cli.ipynb #c043
 def make_plan(
     recipe: Recipe, # the run
     options: Options, # seed, device, precision
@@ -216,20 +217,29 @@ def make_plan(
         p['seconds'] = trial_seconds(recipe, i, device, precision, n=n) * p['steps'] * p['batch'] / (n * ranks) if fits else None
     return dict(recipe=recipe.to_dict(), seed=options.seed, device=str(device), precision=precision, ranks=ranks, train_data=options.train_data, stages=stages)
 
-# %% ../nbs/19_cli.ipynb #c044
+# %% ../nbs/19_cli.ipynb #c046
+def duration(
+    seconds: float, # at least 0
+) -> str: # '12 s', '2.2 min', '3.5 h', '58.2 days'
+    "A time as a person says it."
+    for unit, length, least in (('days', 86_400, 48 * 3600), ('h', 3600, 90 * 60), ('min', 60, 90)):
+        if seconds > least: return f'{seconds / length:,.1f} {unit}'
+    return f'{seconds:.0f} s'
+
+# %% ../nbs/19_cli.ipynb #c049
 def plan_table(
     plan: dict, # from `make_plan`
 ) -> str: # a few lines
     "The plan as a person reads it."
     rows = [('stage', 'tokens/image', 'tokens/text', 'batch', 'steps', 'pairs', 'FLOPs', 'memory', 'about')]
     for p in plan['stages']:
-        about = '–' if p['seconds'] is None else f"{p['seconds'] / 60:.1f} min" if p['seconds'] > 90 else f"{p['seconds']:.0f} s"
+        about = '–' if p['seconds'] is None else duration(p['seconds'])
         rows.append((p['stage'], p['image_tokens'], p['text_tokens'], f"{p['batch']:,}", f"{p['steps']:,}", f"{p['samples']:,}", f"{p['flops']:.2e}", f"{p['memory_bytes'] / 1e9:.1f} GB", about))
     widths = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
     head = f"{plan['recipe']['name']}, seed {plan['seed']}, {plan['device']}, {plan['precision']}, {plan['ranks']} process{'es' if plan['ranks'] > 1 else ''}"
     return '\n'.join([head] + ['  ' + '  '.join(f'{str(c):>{w}s}' if i else f'{c:<{w}s}' for i, (c, w) in enumerate(zip(row, widths))) for row in rows])
 
-# %% ../nbs/19_cli.ipynb #c047
+# %% ../nbs/19_cli.ipynb #c052
 class Run:
     "What the stages of one run share."
     def __init__(self,
@@ -260,7 +270,7 @@ class Run:
         torch.manual_seed(seed_of(self.options.seed, 'init'))
         return build_clip(stage_model(self.recipe, i)).to(self.device)
 
-# %% ../nbs/19_cli.ipynb #c050
+# %% ../nbs/19_cli.ipynb #c055
 def quick_evals(
     run: Run, # whose world
     i: int, # which stage's image size
@@ -271,7 +281,7 @@ def quick_evals(
     sets = toy_sets(run.recipe.data, run.recipe.stages[i].image_size, run.options.seed, n_class=few, n_pairs=100 * few, shifts=())
     return {'toy': lambda model, comm=LOCAL: toy_suite(model, run.tokenizer, sets, templates=['a photo of a {}'], comm=comm)}
 
-# %% ../nbs/19_cli.ipynb #c053
+# %% ../nbs/19_cli.ipynb #c058
 def begin_stage(
     run: Run, # the run
     i: int, # which stage
@@ -285,7 +295,7 @@ def begin_stage(
     if restored: unpack(restored[0], model, optimizer); run.tally = restored[1]['tally']
     return Task(model.train(), Contrastive(chunk='auto')), optimizer, restored[1]['stage_step'] if restored else 0
 
-# %% ../nbs/19_cli.ipynb #c056
+# %% ../nbs/19_cli.ipynb #c061
 class Stopwatch:
     "Wall and CPU seconds of this process, with pauses."
     def __init__(self, seconds: float = 0., cpu_seconds: float = 0.): self.total, self.mark = [seconds, cpu_seconds], self.now()
@@ -301,7 +311,7 @@ class Stopwatch:
             return out
         return paused
 
-# %% ../nbs/19_cli.ipynb #c059
+# %% ../nbs/19_cli.ipynb #c064
 def train_stage(
     run: Run, # the run
     i: int, # which stage
@@ -331,7 +341,7 @@ def train_stage(
         fit(comm.wrap(task), task, data, optimizer, cfg, seed_of(options.seed, 'stage', i), start, comm, record, save, tell, got, evals, check=lambda: same_gradients(model, comm))
     return model
 
-# %% ../nbs/19_cli.ipynb #c062
+# %% ../nbs/19_cli.ipynb #c067
 def train_stages(
     run: Run, # the run
     got=(), # signals
@@ -345,7 +355,7 @@ def train_stages(
         found, weights = None, model.state_dict()
     return model
 
-# %% ../nbs/19_cli.ipynb #c065
+# %% ../nbs/19_cli.ipynb #c070
 def stage_rows(
     run: Run, # after training
 ) -> list: # a dict for each stage
@@ -358,7 +368,7 @@ def stage_rows(
                          samples_per_second=round(s.steps * s.batch_size / max(t['seconds'], 1e-9), 1)))
     return rows
 
-# %% ../nbs/19_cli.ipynb #c068
+# %% ../nbs/19_cli.ipynb #c073
 def toy_tests(
     recipe: Recipe, # its world
     size: int, # pixels
@@ -383,7 +393,7 @@ def evaluate(
     sets, digits = toy_tests(recipe, model.cfg.image_size, seed, small)
     return toy_suite(model, tokenizer, sets, digits, comm=comm), best_captions(model, tokenizer, sets['pairs'])
 
-# %% ../nbs/19_cli.ipynb #c071
+# %% ../nbs/19_cli.ipynb #c076
 LINES = (('colour and shape, pairs seen in training', 'val/seen-zeroshot-val-top1', 144), ('colour and shape, held-out pairs', 'val/heldout-zeroshot-val-top1', 144),
          ('shape alone', 'val/shape-zeroshot-val-top1', 12), ('colour alone', 'val/colour-zeroshot-val-top1', 12), ('image → text R@1', 'val/image_to_text_R@1', 1),
          ('image → text R@5', 'val/image_to_text_R@5', 5), ('text → image R@1', 'val/text_to_image_R@1', 1), ('text → image R@5', 'val/text_to_image_R@5', 5),
@@ -396,14 +406,14 @@ def headlines(
     chance = lambda key, n: n / metrics['val/pairs'] if 'R@' in key else 1 / n
     return [(label, metrics[key], chance(key, n)) for label, key, n in LINES if key in metrics]
 
-# %% ../nbs/19_cli.ipynb #c074
+# %% ../nbs/19_cli.ipynb #c079
 def shift_scores(
     metrics: dict, # from `toy_suite`
 ) -> dict: # name of the shift → top-1
     "Accuracy under each named shift."
     return {k[10:].split('-zeroshot')[0]: v for k, v in metrics.items() if k.startswith('val/shift-') and k.endswith('top1')}
 
-# %% ../nbs/19_cli.ipynb #c077
+# %% ../nbs/19_cli.ipynb #c082
 def report_table(
     report: dict, # from `run`
 ) -> str: # lines of text
@@ -415,10 +425,10 @@ def report_table(
     if rows: lines.append(f"  {'':44s} {'':>7s} {'chance':>7s}" + (' full length' if other else ''))
     for label, v, chance in rows: lines.append(f'  {label:44s} {v:7.1%} {chance:7.1%}' + (f' {theirs[label]:11.1%}' if label in theirs else ''))
     for s in report['stages'] + (report.get('compare') or {}).get('stages', []):
-        lines.append(f"  stage {s['name']}: {s['samples']:,} pairs, {s['tokens']:,} tokens, {s['seconds']:.0f} s ({s['cpu_seconds']:.0f} CPU-s), {s['samples_per_second']:,.0f} pairs/s")
+        lines.append(f"  stage {s['name']}: {s['samples']:,} pairs, {s['tokens']:,} tokens, {duration(s['seconds'])} ({s['cpu_seconds']:.0f} CPU-s), {s['samples_per_second']:,.0f} pairs/s")
     return '\n'.join(lines)
 
-# %% ../nbs/19_cli.ipynb #c080
+# %% ../nbs/19_cli.ipynb #c085
 def draw_report(
     report: dict, # the scores
     examples: list, # from `best_captions`
@@ -434,7 +444,7 @@ def draw_report(
     viz.report_picture(dict(recipe=report['recipe'], seed=report['seed'], metrics=named(report['metrics']), shifts={'fonts (digits)' if k == 'fonts' else k: v for k, v in shift_scores(report['metrics']).items()}, history=rows, examples=examples,
                             compare=compare and named(compare['metrics']), chance={label: c for label, _, c in headlines(report['metrics'])}), out / 'report.png')
 
-# %% ../nbs/19_cli.ipynb #c083
+# %% ../nbs/19_cli.ipynb #c088
 def finish(
     run: Run, # after training
     model, # the trained model
@@ -458,7 +468,7 @@ def finish(
     wait(run.comm, run.device)
     return report
 
-# %% ../nbs/19_cli.ipynb #c086
+# %% ../nbs/19_cli.ipynb #c091
 def run_effective(
     recipe: Recipe, # from `effective`
     options: Options, # where and how
@@ -482,7 +492,7 @@ def run_effective(
     say(f'{report_table(report)}\nwritten to {out}')
     return report
 
-# %% ../nbs/19_cli.ipynb #c089
+# %% ../nbs/19_cli.ipynb #c094
 def run(
     recipe: Recipe, # which recipe
     options: Options = Options(), # where and how
@@ -492,7 +502,7 @@ def run(
     comm = connect(options.device) if comm is None else comm
     with watch(comm): return run_effective(effective(recipe, options), options, comm)
 
-# %% ../nbs/19_cli.ipynb #c092
+# %% ../nbs/19_cli.ipynb #c097
 def full_length(
     recipe: Recipe, # a run of several stages
     samples: int, # pairs it may see
@@ -518,7 +528,7 @@ def equal_steps(
     *parts, full = [sorted(t)[rounds // 2] for t in zip(*turns)]
     return max(1, round(sum(s.steps * t for s, t in zip(recipe.stages, parts)) / full))
 
-# %% ../nbs/19_cli.ipynb #c095
+# %% ../nbs/19_cli.ipynb #c100
 def compare_run(
     this: Run, # a finished training
 ) -> dict: # the report of the other
@@ -531,31 +541,42 @@ def compare_run(
     recipe = full_length(this.recipe, json.loads(budget.read_text())['steps'] * this.recipe.stages[-1].batch_size)
     return run_effective(recipe, this.options.replace(out=str(folder / 'run'), compare=False), this.comm)
 
-# %% ../nbs/19_cli.ipynb #c098
+# %% ../nbs/19_cli.ipynb #c103
 import tyro
 from typing import Literal
 from tyro.conf import OmitArgPrefixes, Positional
 from .cost import HARDWARE, dollars, hours
 Flags = OmitArgPrefixes[Options]
 
-# %% ../nbs/19_cli.ipynb #c100
-def demo(options: Flags = Options()):
+# %% ../nbs/19_cli.ipynb #c105
+def demo(
+    options: Flags = Options(), # how and where to run
+):
     "The toy world, two-stage CLIPA training, and a zero-shot report: minutes on a laptop CPU."
     need('matplotlib', 'demo', 'clipa demo'); need('sklearn', 'demo', 'clipa demo')
     run(recipe_named('toy'), options if options.out else options.replace(out='runs/demo' + ('-smoke' if options.smoke else '')))
 
-# %% ../nbs/19_cli.ipynb #c103
-def train(recipe: Positional[str], options: Flags = Options()):
+# %% ../nbs/19_cli.ipynb #c108
+def train(
+    recipe: Positional[str], # a name that `clipa recipes` lists
+    options: Flags = Options(), # how and where to run
+):
     "Train a recipe at any scale; `clipa recipes` lists them."
     run(recipe_named(recipe), options)
 
-# %% ../nbs/19_cli.ipynb #c106
+# %% ../nbs/19_cli.ipynb #c111
 def recipes():
     "List the recipes."
     for name, r in RECIPES.items(): print(f'{name:24s}', ' → '.join(f'{s.image_size} px, {s.context_length} tokens, {s.samples / 1e6:,.1f} M pairs' for s in r.stages))
 
-# %% ../nbs/19_cli.ipynb #c109
-def cost(recipe: Positional[str], gpu: str = 'H100', mfu: float = 0.4, dollars_per_hour: float = 2., debug: bool = False):
+# %% ../nbs/19_cli.ipynb #c114
+def cost(
+    recipe: Positional[str], # a name that `clipa recipes` lists
+    gpu: str = 'H100', # a kind of accelerator: A100, H100, …
+    mfu: float = 0.4, # the share of the peak that is reached, between 0 and 1
+    dollars_per_hour: float = 2., # the price of one accelerator
+    debug: bool = False, # a traceback above each one-line error
+):
     "What a recipe costs before it is started."
     if gpu not in HARDWARE: raise unknown('GPU', gpu, HARDWARE)
     r = recipe_named(recipe)
@@ -565,7 +586,7 @@ def cost(recipe: Positional[str], gpu: str = 'H100', mfu: float = 0.4, dollars_p
     print(f'  together {total:12,.1f} {gpu}-hours at {mfu:.0%} of the peak, ${dollars(total, dollars_per_hour):,.0f} at ${dollars_per_hour}/hour')
     return total
 
-# %% ../nbs/19_cli.ipynb #c112
+# %% ../nbs/19_cli.ipynb #c117
 @dataclass(frozen=True)
 class Questions(Config):
     "What a saved model is asked."
@@ -578,7 +599,7 @@ class Questions(Config):
     batch_size: int = 250 # pictures encoded at a time
     device: str = 'auto' # auto, cpu, cuda, mps
     out: str = '' # write the numbers here, as JSON
-    debug: bool = False # tracebacks instead of one-line errors
+    debug: bool = False # a traceback above each one-line error
 
 USES = {'toy': (), 'zero-shot': ('val_data', 'classes', 'templates'), 'retrieval': ('val_data',), 'probes': ('val_data', 'train_data', 'classes', 'templates', 'shots'),
         'robustness': ('val_data', 'classes', 'templates')}
@@ -596,7 +617,7 @@ def checked(q: Questions) -> Questions: # raises `UserError`
     if q.out and (Path(q.out).is_dir() or not Path(q.out).absolute().parent.is_dir()): raise UserError(f'--out {q.out}: give a file in a directory that exists')
     return q
 
-# %% ../nbs/19_cli.ipynb #c115
+# %% ../nbs/19_cli.ipynb #c120
 class Pictures:
     "A source as evaluation batches; `fields` are those wanted beside the image: 'label', 'text'."
     def __init__(self, source, transform: Transform, size: int = 250, fields=('label',), words=None):
@@ -620,7 +641,7 @@ class Pictures:
         if 'label' in self.fields and not isinstance(row['json'].get('label'), int): raise UserError(f"{where}: no whole number 'label' in its json: this suite needs labelled pictures")
         return row
 
-# %% ../nbs/19_cli.ipynb #c118
+# %% ../nbs/19_cli.ipynb #c123
 def toy_parts(
     q: Questions, # the suite
     recipe: Recipe, # whose world
@@ -646,7 +667,7 @@ def toy_parts(
     if 'digits' in asked: parts['digits'] = (*(batch({k: v[i::2] for k, v in digits.items()}) for i in (0, 1)), asked['digits'][1])
     return parts
 
-# %% ../nbs/19_cli.ipynb #c121
+# %% ../nbs/19_cli.ipynb #c126
 def lines_of(
     path: str, # a text file
     flag: str, # for the message
@@ -673,7 +694,7 @@ def own_parts(
     if not names: raise UserError(f'--suite {q.suite} on own data needs --classes: a file with one class name a line, the first for label 0')
     return {k: (batch(v), names) for k, v in sets.items()}
 
-# %% ../nbs/19_cli.ipynb #c124
+# %% ../nbs/19_cli.ipynb #c129
 def ask(
     suite: str, # a key of `USES` but 'toy'
     model, # to be asked
@@ -697,7 +718,7 @@ def ask(
         out.update({f'val/{k}': v for k, v in got.items()})
     return out
 
-# %% ../nbs/19_cli.ipynb #c127
+# %% ../nbs/19_cli.ipynb #c132
 def model_at(
     model: str, # as a person gives it
 ) -> str: # a name for `create_model_and_transforms`; raises `UserError` for a path that is not there
@@ -707,7 +728,7 @@ def model_at(
         raise UserError(f'{model}: there is no such directory; give a folder that holds a model, a name such as ViT-B-16, or hf-hub:ORG/NAME')
     return model
 
-# %% ../nbs/19_cli.ipynb #c130
+# %% ../nbs/19_cli.ipynb #c135
 def world_of(
     folder: Path, # of a saved model, or the name of another one
 ) -> tuple: # (recipe, seed, was it a smoke run?)
@@ -733,7 +754,7 @@ def answers(
     prompts = lines_of(q.templates, '--templates') if q.templates else ['a photo of a {}.'] if q.val_data else TEMPLATES
     return dict(out, data=list(q.val_data) or ['toy world'], metrics=ask(q.suite, net, tokenizer, parts, prompts, q.shots, comm))
 
-# %% ../nbs/19_cli.ipynb #c133
+# %% ../nbs/19_cli.ipynb #c138
 def score_table(
     report: dict, # from `answers`
 ) -> str: # lines of text
@@ -741,7 +762,10 @@ def score_table(
     rows = [f'  {k[4:]:44s} {v:7.1%}' for k, v in report['metrics'].items()]
     return '\n'.join([f"{report['model']}, {report['suite']}, {', '.join(report['data'])}", *rows])
 
-def eval_model(model: Positional[str], questions: OmitArgPrefixes[Questions] = Questions()):
+def eval_model(
+    model: Positional[str], # a folder that holds a model, a name such as ViT-B-16, or hf-hub:ORG/NAME
+    questions: OmitArgPrefixes[Questions] = Questions(), # what it is asked
+):
     "Ask a saved model; prints one table and, with --out, writes one JSON file."
     q = checked(questions); comm = connect(q.device)
     with watch(comm): report = answers(model, q, comm)
@@ -750,8 +774,15 @@ def eval_model(model: Positional[str], questions: OmitArgPrefixes[Questions] = Q
         if q.out: write_json(Path(q.out), report)
     return report
 
-# %% ../nbs/19_cli.ipynb #c136
-def data(action: Positional[Literal['make', 'check', 'index']], path: Positional[str], n: int = 1000, world: str = 'demo', seed: int = 0, debug: bool = False):
+# %% ../nbs/19_cli.ipynb #c141
+def data(
+    action: Positional[Literal['make', 'check', 'index']], # draw toy shards, read shards through, or count their pairs
+    path: Positional[str], # the folder of the shards; to read them, a pattern does too
+    n: int = 1000, # pairs to make
+    world: str = 'demo', # the toy world that they show
+    seed: int = 0, # of what is made
+    debug: bool = False, # a traceback above each one-line error
+):
     "Make toy shards in a folder; read shards through and count what is wrong with them; or count their pairs into sizes.json."
     if action != 'make' and (n, world, seed) != (1000, 'demo', 0): raise UserError(f'--n, --world and --seed say what is made: clipa data {action} has no use for them')
     if action == 'make':
@@ -770,32 +801,85 @@ def data(action: Positional[Literal['make', 'check', 'index']], path: Positional
     print(f"{len(source)} pairs, {sum(map(len, bad.values()))} that cannot be decoded")
     for cause, where in bad.items(): print(f"  {cause}: {len(where)}, first {', '.join(where[:3])}")
 
-# %% ../nbs/19_cli.ipynb #c139
+# %% ../nbs/19_cli.ipynb #c144
 def rate(
-    f, # does the work
+    f, # does the work, and the same work each time
     n: float, # samples it moves
 ) -> float: # samples a second
     "How fast a part is, after one call that warms it up."
     f(); start = time.perf_counter(); f()
     return n / max(time.perf_counter() - start, 1e-9)
 
-# %% ../nbs/19_cli.ipynb #c142
+# %% ../nbs/19_cli.ipynb #c147
+class Observed:
+    "Batches that note the samples made, the seconds of reading and the seconds in all, a row for each worker."
+    def __init__(self,
+        batches: Batches, # what is made
+        workers: int, # that make it; 0: this process
+    ):
+        self.batches, self.source, self.b, self.skipped = copy.copy(batches), batches.source, batches.b, batches.skipped
+        self.batches.source, self.reading = self, 0.
+        self.notes = torch.zeros(max(1, workers), 3, dtype=torch.float64).share_memory_()
+
+    def __len__(self) -> int: return len(self.source)
+    def where(self, i: int) -> tuple: return self.source.where(i)
+
+    def read(self, i: int) -> dict:
+        start = time.perf_counter()
+        try: return self.source.read(i)
+        finally: self.reading += time.perf_counter() - start
+
+    def make(self, step: int) -> tuple:
+        start, self.reading, worker = time.perf_counter(), 0., torch.utils.data.get_worker_info()
+        made = self.batches.make(step)
+        self.notes[worker.id if worker else 0] += torch.tensor([self.b, self.reading, time.perf_counter() - start], dtype=torch.float64)
+        return made
+
+# %% ../nbs/19_cli.ipynb #c150
+def loader_rates(
+    batches: Batches, # at their first step
+    workers: int, # processes; 0: this one
+    device, # where the batches go
+) -> dict: # samples a second: one process reading, one process decoding, the loader with all its workers
+    "Reading, decoding and the loader, measured while the loader works."
+    seen, ahead = Observed(batches, workers), 4 * max(1, workers)
+    data = loader(seen, 0, 3 * ahead, workers, device)
+    for _ in range(ahead): next(data)
+    before, start = seen.notes.clone(), time.perf_counter()
+    for _ in tqdm(range(2 * ahead), desc='the loader', unit='batch', disable=None): next(data)
+    seconds, (made, reading, making) = time.perf_counter() - start, (seen.notes - before).sum(0).tolist()
+    return dict(read=made / max(reading, 1e-9), decode=made / max(making - reading, 1e-9), loader=2 * ahead * batches.b / seconds)
+
+# %% ../nbs/19_cli.ipynb #c154
+def bottleneck(
+    rates: dict, # from `measure`
+    workers: int, # of the loader
+) -> str: # reading, decoding, loader, step or gather
+    "The part that holds the others up."
+    slowest = min((k for k in rates if k not in ('read', 'decode')), key=rates.get)
+    if slowest != 'loader': return slowest
+    spent = {'reading': 1 / rates['read'], 'decoding': 1 / rates['decode']}
+    spent['loader'] = max(1, workers) / rates['loader'] - sum(spent.values())
+    return max(spent, key=spent.get)
+
+# %% ../nbs/19_cli.ipynb #c157
 def measure(
     this: Run, # opened
     stage: Stage, # whose step is measured
-) -> dict: # samples a second on this rank: reading, one process decoding, the loader with its workers, the step and, across ranks, the gather
+) -> dict: # samples a second on this rank: one process reading, one decoding, the loader with its workers, the step and, across ranks, the gather
     "Each part of a training step, apart."
-    share, batches, workers = stage.batch_size // this.comm.size, this.batches(0), n_workers(this.options.workers, this.comm.size)
-    out = dict(read=rate(lambda: [this.source.read(i % len(this.source)) for i in range(share)], share), decode=rate(lambda: batches[0], share))
-    data = iter(loader(batches, 0, 12, workers, this.device)); next(data)
-    out['loader'] = rate(lambda: [next(data) for _ in range(5)], 5 * share)
+    share = stage.batch_size // this.comm.size
+    out = loader_rates(this.batches(0), n_workers(this.options.workers, this.comm.size), this.device)
     out['step'] = share / trial_seconds(this.recipe, 0, this.device, this.precision, n=share)
     z = torch.zeros(share, this.recipe.model.embed_dim, device=this.device)
-    if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z), share)
+    if this.comm.size > 1: out['gather'] = rate(lambda: this.comm.gather(z)[-1, -1].item(), share)
     return out
 
-# %% ../nbs/19_cli.ipynb #c145
-def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
+# %% ../nbs/19_cli.ipynb #c160
+def doctor(
+    recipe: Positional[str] = 'toy', # a name that `clipa recipes` lists
+    options: Flags = Options(), # how and where to run
+):
     "Measure reading, decoding, the loader, the step and the gather apart, and name the bottleneck."
     import tempfile
     if idle := [k for k in ('batch_size', 'max_steps', 'checkpoint_steps', 'dry_run', 'compare') if getattr(options, k) != getattr(Options(), k)]: raise UserError(f"--{idle[0].replace('_', '-')} has no meaning for clipa doctor: it measures whole steps and trains nothing")
@@ -805,23 +889,32 @@ def doctor(recipe: Positional[str] = 'toy', options: Flags = Options()):
     with tempfile.TemporaryDirectory() as folder, watch(comm):
         rates = measure(Run(few, options, Path(options.out or folder, 'doctor'), comm), few.stages[0])
     if comm.rank == 0:
-        for k, v in rates.items(): print(f'  {k:10s} {v:12,.0f} samples/s')
-        print(f"the bottleneck is: {min((k for k in rates if k != 'decode'), key=rates.get)}")
+        workers = n_workers(options.workers, comm.size)
+        for k, v in rates.items(): print(f"  {k:10s} {v:12,.0f} samples/s{' in one process' if k in ('read', 'decode') else ''}")
+        print(f'the bottleneck is: {bottleneck(rates, workers)} (loader workers: {workers})')
     return rates
 
-# %% ../nbs/19_cli.ipynb #c148
-def export(model: Positional[str], out: Positional[str], debug: bool = False):
+# %% ../nbs/19_cli.ipynb #c163
+def export(
+    model: Positional[str], # a folder that holds a model, a name such as ViT-B-16, or hf-hub:ORG/NAME
+    out: Positional[str], # the directory to write
+    debug: bool = False, # a traceback above each one-line error
+):
     "Write a model in the layout that open_clip and the Hub read."
     name = model_at(model)
     net, _, _ = create_model_and_transforms(name)
     save_pretrained(net, out, tokenizer=get_tokenizer(name)); print(f'written to {out}')
 
-# %% ../nbs/19_cli.ipynb #c151
-def import_model(model: Positional[str], out: Positional[str], debug: bool = False):
+# %% ../nbs/19_cli.ipynb #c166
+def import_model(
+    model: Positional[str], # local-dir:PATH, a path alone, or hf-hub:ORG/NAME
+    out: Positional[str], # the directory to write
+    debug: bool = False, # a traceback above each one-line error
+):
     "Read an open_clip or Hugging Face model (`local-dir:PATH`, `hf-hub:ORG/NAME`) and write it in this package's layout."
     export(model if ':' in model else f'local-dir:{model}', out)
 
-# %% ../nbs/19_cli.ipynb #c154
+# %% ../nbs/19_cli.ipynb #c169
 COMMANDS = {'demo': demo, 'train': train, 'eval': eval_model, 'cost': cost, 'recipes': recipes, 'data': data, 'doctor': doctor, 'export': export, 'import': import_model}
 
 def stopped(
@@ -835,7 +928,7 @@ def stopped(
     if os.environ.get('RANK', '0') == '0': print(f'clipa: {what}{hint}', file=sys.stderr)
     return 75 if isinstance(e, Stopped) and e.signum != signal.SIGINT else 130
 
-# %% ../nbs/19_cli.ipynb #c157
+# %% ../nbs/19_cli.ipynb #c172
 def one_line(
     box: str, # what the parser wrote
     argv: list, # the command
@@ -846,14 +939,29 @@ def one_line(
     near = re.search(r'you meant:? (--[\w-]+)', ' '.join(parts))
     return f"{parts[min(1, len(parts) - 1)]}{f'; did you mean {near[1]}?' if near else ''} (see clipa {f'{argv[0]} ' if argv and argv[0] in COMMANDS else ''}--help)"
 
-# %% ../nbs/19_cli.ipynb #c160
-def later(f): # a command
-    "The same flags, but a call that waits."
+# %% ../nbs/19_cli.ipynb #c175
+def with_help(
+    f, # a command, its parameters one a line
+) -> str: # its docstring, and what is said of each parameter
+    "The docstring of a command with the comments beside its parameters."
+    beside = [m.groups() for line in inspect.getsource(f).splitlines() if (m := re.match(r'    (\w+): .*?# (.+)', line))]
+    known = [f'    {name}: {says}' for name, says in beside if name in inspect.signature(f).parameters]
+    return '\n    '.join([f.__doc__, '', 'Args:', *known] if known else [f.__doc__])
+
+# %% ../nbs/19_cli.ipynb #c178
+def later(
+    f, # a command
+): # takes the same flags, gives back a call that waits
+    "The same flags and their help, but a call that waits."
     @functools.wraps(f)
     def call(*args, **kw): return functools.partial(f, *args, **kw)
+    del call.__wrapped__ # else the parser looks through the wrapper at the bare docstring
+    call.__doc__, call.__signature__ = with_help(f), inspect.signature(f)
     return call
 
-def asked(argv: list): # what to call; raises `UserError` for what the parser refuses
+def asked(
+    argv: list, # the command
+): # what to call; raises `UserError` for what the parser refuses
     "Read a command line."
     if argv and not argv[0].startswith('-') and argv[0] not in COMMANDS: raise unknown('command', argv[0], COMMANDS)
     try:
@@ -863,7 +971,7 @@ def asked(argv: list): # what to call; raises `UserError` for what the parser re
         if e.code: raise UserError(one_line(box.getvalue(), argv)) from None
         raise
 
-# %% ../nbs/19_cli.ipynb #c163
+# %% ../nbs/19_cli.ipynb #c181
 def main(
     argv: list = None, # arguments; None: those of the process
 ) -> int: # the exit code
@@ -874,16 +982,16 @@ def main(
             warnings.showwarning = lambda message, *_, **__: print(f'note: {message}', file=sys.stderr)
             asked(argv)()
     except UserError as e:
-        if '--debug' in argv: raise
+        if '--debug' in argv: traceback.print_exc()
         if os.environ.get('RANK', '0') != '0': time.sleep(5)
         print(f'clipa: {e}', file=sys.stderr); return 2
     except (Stopped, KeyboardInterrupt) as e: return stopped(e, argv)
     except Exception as e:
-        if '--debug' in argv: raise
+        if '--debug' in argv: traceback.print_exc()
         if isinstance(e, torch.OutOfMemoryError): print('clipa: out of memory: hold fewer samples at a time with --batch-size; the plan says what is needed', file=sys.stderr)
         print(f'clipa: failed: {type(e).__name__}: {e} (run again with --debug for the traceback)', file=sys.stderr); return 1
     finally: disconnect()
     return 0
 
-# %% ../nbs/19_cli.ipynb #c166
+# %% ../nbs/19_cli.ipynb #c184
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

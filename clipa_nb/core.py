@@ -15,8 +15,10 @@ import torch
 # %% ../nbs/00_core.ipynb #c005
 SHAPES = dict(
     B='samples in the global batch', b='samples on this rank', N='image tokens', T='text tokens', K='tokens kept, or objects in a scene',
-    D='width of a tower', E='width of the joint embedding', H='height, or attention heads', W='width of an image', C='colour channels',
-    S='side of a square image', P='values in one patch', M='classes, or prompts',
+    D='width of a tower', d='width of one attention head, or targets of one tile', E='width of the joint embedding', H='height of an image, or attention heads',
+    W='width of an image', h='rows of a grid or of a tile', w='columns of a grid or of a tile', C='colour channels', S='side of a square image',
+    P='values in one patch', F='frequencies of a position table', M='classes, or prompts', L='templates of one class', R='classes of a group',
+    n='rows of a set of features', c='queries of one tile',
 )
 
 # %% ../nbs/00_core.ipynb #c008
@@ -134,11 +136,11 @@ def hash_uniform(
 # %% ../nbs/00_core.ipynb #c035
 def seed_of(
     seed: int, # the run's seed
-    *keys,     # integers or words that name the purpose
+    *keys,     # integers or words that name the purpose (a word of one letter is its character's number); none is the empty word
 ) -> int: # 0 … 2⁶³ − 1
     "One integer seed for a purpose, stable across machines and Python versions."
     z = int(seed)
-    for k in keys:
+    for k in keys or ('',):
         for part in ([k] if isinstance(k, (int, np.integer)) else list(str(k).encode())): z = int(hash_bits(z, int(part)))
         z = int(hash_bits(z, 0x10000))
     return z >> 1
@@ -196,10 +198,11 @@ def pick_precision(
     return ('amp_bf16' if has_bf16(device) else 'fp32') if name == 'auto' else name
 
 def autocast(
-    precision: str, # 'fp32' or 'amp_bf16'
+    precision: str, # 'fp32' or 'amp_bf16'; raises `UserError` for another name, 'auto' included: see `pick_precision`
     device: torch.device, # where it runs
 ): # a context manager
     "The autocast context of a precision; weights stay in fp32."
+    if precision not in PRECISIONS[1:]: raise unknown('precision', precision, PRECISIONS[1:])
     return torch.autocast(device.type, torch.bfloat16) if precision == 'amp_bf16' else contextlib.nullcontext()
 
 # %% ../nbs/00_core.ipynb #c053

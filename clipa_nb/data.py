@@ -51,14 +51,16 @@ def add_sample(tar, key, jpg, text, meta):
 # %% ../nbs/11_data.ipynb #c019
 def write_shard(
     path: Path, # where the shard appears, whole or not at all
-    samples, # of (key, jpg bytes, text, meta); raises `UserError` for a key with a dot
+    samples, # of (key, jpg bytes, text, meta); raises `UserError` for a key with a dot and for one that comes twice
 ) -> int: # samples written; no file where there are none
     "Write one tar beside its place, then move it there."
-    tmp, n = path.with_suffix('.tmp'), 0
+    tmp, n, keys = path.with_suffix('.tmp'), 0, set()
     try:
         with open(tmp, 'wb') as f:
             with tarfile.open(fileobj=f, mode='w', format=tarfile.USTAR_FORMAT, encoding='utf-8') as tar:
-                for n, sample in enumerate(samples, 1): add_sample(tar, *sample)
+                for n, (key, *rest) in enumerate(samples, 1):
+                    if key in keys: raise UserError(f'key {key!r} comes twice in {path.name}, and readers take its parts for one sample: give each sample a key of its own')
+                    add_sample(tar, key, *rest); keys.add(key)
             f.flush(); os.fsync(f.fileno())
         if n: os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
@@ -78,7 +80,8 @@ def _claim(out: Path):
 # %% ../nbs/11_data.ipynb #c028
 def _finish(out: Path, sizes: dict):
     "Write `sizes.json` and take the mark away."
-    (out / 'sizes.tmp').write_text(json.dumps(sizes)); os.replace(out / 'sizes.tmp', out / 'sizes.json')
+    with open(out / 'sizes.tmp', 'w') as f: json.dump(sizes, f); f.flush(); os.fsync(f.fileno())
+    os.replace(out / 'sizes.tmp', out / 'sizes.json')
     (out / '.unfinished').unlink()
 
 # %% ../nbs/11_data.ipynb #c031
@@ -140,7 +143,7 @@ KINDS = {b'jpg': 0, b'jpeg': 0, b'png': 0, b'webp': 0, b'txt': 1, b'json': 2}
 
 def index_shard(
     path, # of a tar
-) -> tuple: # ({key: [image at, size, text at, size, json at, size]}, Counter of endings, whole?); absent parts are 0
+) -> tuple: # ({key: [image at, size, text at, size, json at, size]}, Counter of endings, whole?); absent parts are 0, and image at is −1 where a part came twice
     "Group the members of a shard into samples."
     found, whole = members(path)
     samples, endings = {}, Counter()
@@ -149,7 +152,10 @@ def index_shard(
         stem, _, ending = file.partition(b'.')
         endings[ending] += 1
         kind = KINDS.get(ending.lower())
-        if kind is not None: samples.setdefault(folder + slash + stem, [0] * 6)[2 * kind:2 * kind + 2] = start, size
+        if kind is None: continue
+        row = samples.setdefault(folder + slash + stem, [0] * 6)
+        if row[2 * kind]: row[0] = -1
+        else: row[2 * kind:2 * kind + 2] = start, size
     return samples, endings, whole
 
 # %% ../nbs/11_data.ipynb #c049
@@ -165,9 +171,12 @@ def whole_samples(
     for at, what, want in ((0, 'images', 'jpg, jpeg, png or webp'), (2, 'captions', 'txt')):
         if whole and not any(r[at] for r in samples.values()): raise UserError(f'{path} holds no {what} (members seen: {seen}): each sample needs a {want} member')
     meta = not whole and any(r[4] for r in samples.values())
-    kept = {k: r for k, r in samples.items() if r[0] and r[2] and (r[4] or not meta)}
-    if not whole: return kept, f'{path} is cut short: its {len(kept)} whole samples are kept'
-    return kept, f'{path}: {len(samples) - len(kept)} samples lack image or caption and are left out' if len(kept) < len(samples) else ''
+    kept, twice = {k: r for k, r in samples.items() if r[0] > 0 and r[2] and (r[4] or not meta)}, sum(r[0] < 0 for r in samples.values())
+    lost, notes = len(samples) - len(kept) - twice, []
+    if not whole: notes += [f'{path} is cut short: its {len(kept)} whole samples are kept']
+    elif lost: notes += [f'{path}: {lost} samples lack image or caption and are left out']
+    if twice: notes += [f"{path}: {twice} {'keys have' if twice > 1 else 'key has'} an image, a caption or a json twice and {'are' if twice > 1 else 'is'} left out"]
+    return kept, '; '.join(notes)
 
 # %% ../nbs/11_data.ipynb #c052
 def _braces(where: str):
@@ -188,9 +197,10 @@ def expand(
     where = os.path.expanduser(str(where))
     if '::' in where: return expand(where.split('::'))
     if parts := _braces(where): return expand(parts)
-    if os.path.exists(f'{where}/.unfinished'): raise UserError(f'{where} holds an unfinished set of shards: write it again')
     pattern = f'{glob.escape(where)}/**/*.tar' if os.path.isdir(where) else where
     found = [where] if os.path.isfile(where) else sorted(glob.glob(pattern, recursive=True))
+    for folder in [where, *sorted({os.path.dirname(p) for p in found})]:
+        if os.path.exists(os.path.join(folder, '.unfinished')): raise UserError(f'{folder} holds an unfinished set of shards: write it again')
     if not found: raise UserError(f'{where!r} matches no tar file: give a directory of shards, a glob, or a range such as data/{{000000..000009}}.tar')
     return found
 
@@ -249,27 +259,34 @@ def _read(self, i: int) -> dict:
 Shards.read = _read
 
 # %% ../nbs/11_data.ipynb #c073
+def _pictures(where, pattern='**/*') -> list:
+    "The image files below a directory, sorted; an ending counts in any case."
+    return [p for p in sorted(Path(where).glob(pattern)) if KINDS.get(p.suffix[1:].lower().encode()) == 0]
+
+def _pairs(where) -> list:
+    "(image, text file, json file or None) for every image below a directory with a text beside it."
+    beside = {p.with_suffix(p.suffix.lower()): p for p in sorted(Path(where).rglob('*')) if p.suffix.lower() in ('.txt', '.json')}
+    return [(p, beside[t], beside.get(p.with_suffix('.json'))) for p in _pictures(where) if (t := p.with_suffix('.txt')) in beside]
+
+# %% ../nbs/11_data.ipynb #c076
 class Folder(Source):
     "A directory of images, each beside a `.txt` of the same stem (and, if there is one, a `.json`)."
     def __init__(self, where):
-        self.root = Path(where)
-        images = (p for p in sorted(self.root.rglob('*')) if KINDS.get(p.suffix[1:].lower().encode()) == 0)
-        self.paths = [p for p in images if p.with_suffix('.txt').exists()]
+        self.root, self.paths = Path(where), _pairs(where)
         self.n = len(self.paths)
         if not self.n: raise UserError(f'{where} holds no image with a .txt of the same name beside it')
 
-    def where(self, i): return str(self.root), self.paths[i].stem
+    def where(self, i): return str(self.root), self.paths[i][0].stem
     def read(self, i):
-        p = self.paths[i]; meta = p.with_suffix('.json')
-        return {'image': p.read_bytes(), 'text': p.with_suffix('.txt').read_text(errors='replace').strip(),
-                'json': parse_meta(meta.read_bytes()) if meta.exists() else {}, 'key': p.stem}
+        image, text, meta = self.paths[i]
+        return {'image': image.read_bytes(), 'text': text.read_text(errors='replace').strip(), 'json': parse_meta(meta.read_bytes()) if meta else {}, 'key': image.stem}
 
-# %% ../nbs/11_data.ipynb #c076
+# %% ../nbs/11_data.ipynb #c079
 class ClassFolders(Source):
     "A directory with a directory of images for each class."
     def __init__(self, where):
         self.root = Path(where)
-        images = [p for p in sorted(self.root.glob('*/**/*')) if KINDS.get(p.suffix[1:].lower().encode()) == 0]
+        images = _pictures(where, '*/**/*')
         self.names = sorted({p.relative_to(self.root).parts[0] for p in images})
         self.rows, self.n = [(p, self.names.index(p.relative_to(self.root).parts[0])) for p in images], len(images)
         if not self.n: raise UserError(f'{where} holds no folder with images in it')
@@ -279,14 +296,14 @@ class ClassFolders(Source):
         path, label = self.rows[i]
         return {'image': path.read_bytes(), 'text': self.names[label], 'json': {'label': label}, 'key': path.stem}
 
-# %% ../nbs/11_data.ipynb #c079
+# %% ../nbs/11_data.ipynb #c082
 def _table(path):
     "The rows of a tab- or comma-separated file, as dictionaries."
     with open(path, newline='') as f:
         tabs = '\t' in f.readline(); f.seek(0)
         return list(csv.DictReader(f, delimiter='\t' if tabs else ','))
 
-# %% ../nbs/11_data.ipynb #c082
+# %% ../nbs/11_data.ipynb #c085
 class Csv(Source):
     "A table of image paths (seen from the table's directory) and captions; tab- or comma-separated."
     def __init__(self, where, image='filepath', text='title'):
@@ -304,7 +321,7 @@ class Csv(Source):
         meta = {k: int(v) if str(v).isdigit() else v for k, v in row.items() if k not in (self.image, self.text)}
         return {'image': (self.path.parent / row[self.image]).read_bytes(), 'text': row[self.text], 'json': meta, 'key': str(i)}
 
-# %% ../nbs/11_data.ipynb #c085
+# %% ../nbs/11_data.ipynb #c088
 class HubSet(Source):
     "A Hub data set, by name or already loaded, with an image column and a caption column."
     def __init__(self, data, split='train', image='image', text='text'):
@@ -319,27 +336,29 @@ class HubSet(Source):
         meta = {k: v for k, v in row.items() if k not in (self.image, self.text)}
         return {'image': image['bytes'] or Path(image['path']).read_bytes(), 'text': row[self.text], 'json': meta, 'key': str(i)}
 
-# %% ../nbs/11_data.ipynb #c088
+# %% ../nbs/11_data.ipynb #c091
 def open_pairs(
     where, # a table (.csv, .tsv), a directory of images with captions or of class folders, 'hub:name', or what `expand` takes
 ) -> Source: # raises `UserError` where nothing is found
     "Choose the reader by looking."
-    name, path = str(where), Path(str(where))
+    name = str(where)
+    if not isinstance(where, (str, Path)) or '::' in name: return Shards(where)
     if name.startswith('hub:'): return HubSet(name[4:])
     if name.endswith(('.csv', '.tsv')): return Csv(where)
-    if path.is_dir() and not any(path.rglob('*.tar')):
-        if any(path.rglob('*.txt')): return Folder(where)
-        if any(KINDS.get(p.suffix[1:].lower().encode()) == 0 for p in path.glob('*/**/*')): return ClassFolders(where)
+    if os.path.isdir(name) and not any(Path(name).rglob('*.tar')):
+        if _pairs(name): return Folder(where)
+        if _pictures(name, '*/**/*'): return ClassFolders(where)
+        if any(Path(name).rglob('*.txt')): return Folder(where)
     return Shards(where)
 
-# %% ../nbs/11_data.ipynb #c091
+# %% ../nbs/11_data.ipynb #c094
 @dataclass(frozen=True)
 class Filter:
     "A named rule: keep the rows for which `predicate(row)` holds."
     name: str
     predicate: object # row -> bool
 
-# %% ../nbs/11_data.ipynb #c094
+# %% ../nbs/11_data.ipynb #c097
 def apply_filters(
     rows, # iterable of dicts
     filters, # `Filter`s, asked in this order
@@ -352,24 +371,30 @@ def apply_filters(
         else: counts[refused] += 1
     return survivors, counts
 
-# %% ../nbs/11_data.ipynb #c097
+# %% ../nbs/11_data.ipynb #c100
 class Subset(Source):
     "Some samples of another source, by index."
     def __init__(self, source, ids): self.source, self.ids, self.n = source, np.asarray(ids, dtype=np.int64), len(ids)
     def read(self, i): return self.source.read(self.ids[i])
     def where(self, i): return self.source.where(self.ids[i])
 
-# %% ../nbs/11_data.ipynb #c100
+# %% ../nbs/11_data.ipynb #c103
 def filtered(
     source: Source, # read once, from first to last
     filters, # `Filter`s over its rows: image, text, json, key
-) -> tuple: # (Subset of the survivors, counts per rule)
+) -> tuple: # (Subset of the survivors, counts per rule, of which the first is 'readable'); raises `UserError` where nothing survives
     "A source without the samples that the rules refuse."
-    rules = [Filter(f.name, lambda i, f=f: f.predicate(source.read(i))) for f in filters]
+    last = {}
+    def readable(i):
+        try: last.update(row=source.read(i))
+        except Exception: return False
+        return True
+    rules = [Filter('readable', readable)] + [Filter(f.name, lambda i, f=f: f.predicate(last['row'])) for f in filters]
     ids, counts = apply_filters(range(len(source)), rules)
+    if not ids: raise UserError(f"the rules leave none of {len(source)} samples, refused: {', '.join(f'{k} {n}' for k, n in counts.items())}")
     return Subset(source, ids), counts
 
-# %% ../nbs/11_data.ipynb #c103
+# %% ../nbs/11_data.ipynb #c106
 def order(
     n: int,    # samples in the data set
     seed: int, # the run's
@@ -378,7 +403,7 @@ def order(
     "The order of one epoch: the indices, sorted by their hash."
     return np.argsort(hash_bits(seed_of(seed, 'order', epoch), np.arange(n)), kind='stable')
 
-# %% ../nbs/11_data.ipynb #c108
+# %% ../nbs/11_data.ipynb #c111
 def positions(
     step: int, # which global batch
     batch_size: int, # B, samples in it
@@ -390,7 +415,7 @@ def positions(
     b = batch_size // size
     return step * batch_size + rank * b + np.arange(b)
 
-# %% ../nbs/11_data.ipynb #c111
+# %% ../nbs/11_data.ipynb #c114
 class Endless:
     "Sample indices for ever: `sequence[position]`, epoch after epoch, each in its own order."
     def __init__(self, n: int, seed: int): self.n, self.seed, self.orders = n, seed, {}
@@ -401,7 +426,7 @@ class Endless:
             self.orders[epoch] = order(self.n, self.seed, epoch)
         return int(self.orders[epoch][place])
 
-# %% ../nbs/11_data.ipynb #c114
+# %% ../nbs/11_data.ipynb #c117
 FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC, 'box': Image.Resampling.BOX}
 
 @dataclass(frozen=True)
@@ -423,7 +448,7 @@ class Transform(Config):
         if not 0 < self.scale[0] <= self.scale[1] <= 1: raise UserError(f'crop scale {self.scale}: give two shares of the area, 0 < low ≤ high ≤ 1')
         if self.size < 1: raise UserError(f'image size {self.size}: give a positive number of pixels')
 
-# %% ../nbs/11_data.ipynb #c117
+# %% ../nbs/11_data.ipynb #c120
 def inception_box(
     width: int, height: int, # of the image, pixels
     t: Transform, # scale and ratio
@@ -438,7 +463,7 @@ def inception_box(
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if w <= width and h <= height: return (x := u[20] * (width - w)), (y := u[21] * (height - h)), x + w, y + h
 
-# %% ../nbs/11_data.ipynb #c120
+# %% ../nbs/11_data.ipynb #c123
 def crop_box(
     width: int, height: int, # of the image, pixels
     t: Transform, # mode, scale, ratio
@@ -452,7 +477,7 @@ def crop_box(
     w, h = min(width, height * wide), min(height, width * tall)
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
-# %% ../nbs/11_data.ipynb #c125
+# %% ../nbs/11_data.ipynb #c128
 def draft_box(
     image: Image.Image, # not yet decoded; told at which scale to be
     box: tuple, # the part wanted, in pixels of the whole file
@@ -464,20 +489,30 @@ def draft_box(
     drafted = t.draft and image.draft('RGB', (math.ceil(width * x), math.ceil(height * y)))
     return tuple(side * drafted[1][2] / width for side in box) if drafted else box
 
-# %% ../nbs/11_data.ipynb #c128
+# %% ../nbs/11_data.ipynb #c131
+def _rgb(
+    image: Image.Image, # of any mode
+) -> Image.Image: # three bytes a pixel; raises `OSError` where the range of its values is not known
+    "The image in colours."
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ('I', 'F'): raise OSError('pixel values of unknown range')
+    return image if image.mode == 'RGB' else image.convert('RGB')
+
+# %% ../nbs/11_data.ipynb #c134
 def decode(
-    data, # bytes of an image file, or a PIL image
+    data, # bytes of an image file, or a PIL image, which is left as it is
     t: Transform, # what is wanted
     u=None, # the sample's uniform numbers, see `crop_box`
 ) -> np.ndarray: # uint8 [S,S,3]; raises what PIL raises for a damaged file
     "File to square of pixels: decode no more than is needed, then crop and resize in one step."
     image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))
-    box, S = draft_box(image, crop_box(*image.size, t, u), t), t.size
-    if image.mode != 'RGB': image = image.convert('RGB')
+    box, S = crop_box(*image.size, t, u), t.size
+    if image is not data: box = draft_box(image, box, t)
+    image = _rgb(image)
     if image.size != (S, S) or box != (0, 0, S, S): image = image.resize((S, S), FILTERS[t.interpolation], box=box)
     return np.asarray(image)
 
-# %% ../nbs/11_data.ipynb #c133
+# %% ../nbs/11_data.ipynb #c139
 def eval_image(
     data, # bytes of an image file, or a PIL image
     t: Transform, # mode 'squash' or 'shortest'; 'crop' takes its centred box
@@ -485,11 +520,11 @@ def eval_image(
     "The deterministic preprocessing of evaluation."
     return torch.from_numpy(decode(data, t).copy()).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/11_data.ipynb #c136
+# %% ../nbs/11_data.ipynb #c142
 _GREY = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_GREY, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
-# %% ../nbs/11_data.ipynb #c139
+# %% ../nbs/11_data.ipynb #c145
 def _turns(angle_b, length_b):
     "[b,3,3]: leave the grey axis alone, turn the colour plane and stretch it."
     turn_b33 = np.zeros((len(angle_b), 3, 3)); turn_b33[:, 0, 0] = 1
@@ -497,7 +532,7 @@ def _turns(angle_b, length_b):
     turn_b33[:, 2, 1] = length_b * np.sin(angle_b); turn_b33[:, 1, 2] = -turn_b33[:, 2, 1]
     return turn_b33
 
-# %% ../nbs/11_data.ipynb #c142
+# %% ../nbs/11_data.ipynb #c148
 def colour_maps(
     u_b6: np.ndarray, # uniform numbers: jittered?, brightness, contrast, saturation, hue, grey?
     t: Transform, # jitter, strength, gray
@@ -509,7 +544,7 @@ def colour_maps(
     saturation = np.where(u_b6[:, 5] < t.gray, 0., saturation)
     return np.linalg.inv(_YIQ) @ _turns(angle, saturation) @ _YIQ * (bright * contrast)[:, None, None], (1 - contrast) * bright
 
-# %% ../nbs/11_data.ipynb #c145
+# %% ../nbs/11_data.ipynb #c151
 def jitter_colours(
     image_bCHW: torch.Tensor, # uint8
     u_b6: np.ndarray, # uniform numbers, see `colour_maps`
@@ -521,7 +556,7 @@ def jitter_colours(
     grey_b = x_bCN.mean(2) @ torch.from_numpy(_GREY).float()
     return torch.baddbmm((c * grey_b)[:, None, None], A, x_bCN).round_().clamp_(0, 255).to(torch.uint8).view_as(image_bCHW)
 
-# %% ../nbs/11_data.ipynb #c150
+# %% ../nbs/11_data.ipynb #c156
 def cause(
     error: Exception, # what reading or decoding one sample raised
 ) -> str: # short, the same for the same kind of damage
@@ -532,12 +567,12 @@ def cause(
     if isinstance(error, KeyError): return f'json lacks {error}'
     return re.sub(r'\s*[\d(<].*', '', str(error)) or type(error).__name__
 
-# %% ../nbs/11_data.ipynb #c153
+# %% ../nbs/11_data.ipynb #c159
 def _one_caption(text, u: float) -> str:
     "The caption, or one of several, by a uniform number."
     return text if isinstance(text, str) else text[int(u * len(text))]
 
-# %% ../nbs/11_data.ipynb #c156
+# %% ../nbs/11_data.ipynb #c162
 def read_row(
     source: Source, # where samples are
     sequence: Endless, # which comes when
@@ -556,18 +591,18 @@ def read_row(
         except Exception as e: skipped.append((source.where(i)[0], cause(e)))
     raise UserError(f'{len(skipped)} samples in a row cannot be read, the last one in {skipped[-1][0]} ({skipped[-1][1]}): check the data')
 
-# %% ../nbs/11_data.ipynb #c159
+# %% ../nbs/11_data.ipynb #c165
 class Skips:
     "Counts of skipped samples by (container, cause); raises `UserError` where a window has too many."
     def __init__(self, limit=0.1, window=1000): self.limit, self.window, self.counts, self.seen, self.bad = limit, window, Counter(), 0, 0
     def add(self, skipped: list, rows: int):
         self.counts.update(skipped); self.seen += rows; self.bad += len(skipped)
-        if self.bad > self.limit * self.window:
+        if self.bad > self.limit * max(self.window, self.seen + self.bad):
             (where, why), n = self.counts.most_common(1)[0]
             raise UserError(f'{self.bad} of the last {self.seen + self.bad} samples cannot be read, most of them in {where} ({why}, {n} times): check the data')
         if self.seen >= self.window: self.seen = self.bad = 0
 
-# %% ../nbs/11_data.ipynb #c162
+# %% ../nbs/11_data.ipynb #c168
 def _extras(source: Source) -> list:
     "Which of `key` and `label` the first readable sample has as integers."
     for i in range(min(64, len(source))):
@@ -576,7 +611,7 @@ def _extras(source: Source) -> list:
         return [k for k in ('key', 'label') if isinstance(meta.get(k), int)]
     return []
 
-# %% ../nbs/11_data.ipynb #c165
+# %% ../nbs/11_data.ipynb #c171
 class Batches(torch.utils.data.Dataset):
     "`batches[step]` is this rank's part of global batch `step`, a function of the seed and the step."
     def __init__(self,
@@ -601,7 +636,7 @@ class Batches(torch.utils.data.Dataset):
         self.skipped.add(skipped, self.b)
         return batch
 
-# %% ../nbs/11_data.ipynb #c168
+# %% ../nbs/11_data.ipynb #c174
 _DRAWS = np.arange(29) # 22 for the crop, one for the caption, six for the colours
 
 def _make(self, step: int) -> tuple:
@@ -620,16 +655,16 @@ def _make(self, step: int) -> tuple:
 
 Batches.make = _make
 
-# %% ../nbs/11_data.ipynb #c173
+# %% ../nbs/11_data.ipynb #c179
 def _start_worker(_):
     "One thread each, for torch and for the tokenizer."
     torch.set_num_threads(1)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
-# %% ../nbs/11_data.ipynb #c176
+# %% ../nbs/11_data.ipynb #c182
 def _same(x): return x
 
-# %% ../nbs/11_data.ipynb #c179
+# %% ../nbs/11_data.ipynb #c185
 class _Steps(torch.utils.data.Dataset):
     "Hands a `UserError` over as a value, so that it leaves a worker as one line."
     def __init__(self, batches): self.batches = batches
@@ -637,14 +672,14 @@ class _Steps(torch.utils.data.Dataset):
         try: return self.batches.make(step)
         except UserError as e: return e, []
 
-# %% ../nbs/11_data.ipynb #c182
+# %% ../nbs/11_data.ipynb #c188
 def _stream(data, steps, workers, prefetch, timeout, pin):
     "The items of `data` at `steps`, prepared ahead by worker processes."
     fork = 'fork' if sys.platform == 'linux' else None
     return torch.utils.data.DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch, collate_fn=_same,
                                        pin_memory=pin, worker_init_fn=_start_worker, timeout=timeout, multiprocessing_context=fork)
 
-# %% ../nbs/11_data.ipynb #c185
+# %% ../nbs/11_data.ipynb #c191
 def loader(
     batches: Batches, # what is made
     start: int, # first step

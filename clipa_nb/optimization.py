@@ -84,12 +84,12 @@ def param_groups(
     model: nn.Module, # frozen parameters lose `requires_grad`
     lr: float, # what multiples are multiples of
     weight_decay: float, # of what decays; the others get 0
-    rules=(), # as in `setting`; raises `UserError` as `check_rules` does
+    rules=(), # as in `setting`, read once; raises `UserError` as `check_rules` does
     decay: str = 'kernels', # what decays unless a rule says otherwise: a key of `DECAYS`
 ) -> list: # of dictionaries for an optimiser, with 'lr_multiple' and 'names' besides
     "Parameters, grouped by learning rate and decay."
     if decay not in DECAYS: raise unknown('decay rule', decay, DECAYS)
-    check_rules([n for n, _ in model.named_parameters()], rules)
+    check_rules([n for n, _ in model.named_parameters()], rules := list(rules))
     groups = {}
     for name, p in model.named_parameters():
         multiple, decays = setting(name, rules)

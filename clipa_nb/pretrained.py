@@ -786,10 +786,19 @@ def create_model(
 def create_model_and_transforms(
     name: str, # as for `create_model`
     pretrained=None, # as for `create_model`
-    **options, # as for `create_model`
+    device='cpu', # as for `create_model`, like all that follow
+    precision: str = 'fp32', # of the weights
+    cache_dir=None, # of the hub
+    output_dict: bool = False, # whether `forward` returns a dictionary
+    force_image_size=None, # another image size
+    force_context_length=None, # another text length
+    force_patch_dropout=None, # the share of image tokens to drop
+    force_quick_gelu: bool = False, # OpenAI's GELU
+    force_preprocess_cfg=None, # how images are prepared
+    positions=None, # 'interpolate' or 'recompute'
 ) -> tuple: # (model, preprocess for training, preprocess for evaluation)
     "A model and the two image preprocessings that belong to it."
-    model = create_model(name, pretrained, **options)
+    model = create_model(name, pretrained, device, precision, cache_dir, output_dict, force_image_size, force_context_length, force_patch_dropout, force_quick_gelu, force_preprocess_cfg, positions)
     return model, preprocess(model.cfg, train=True), preprocess(model.cfg)
 
 # %% ../nbs/18_pretrained.ipynb #c160

@@ -178,6 +178,7 @@ class TrainConfig(Config):
     steps: int = 100 # updates in this stage
     lr: float = 1e-3 # peak learning rate, absolute
     warmup: int = 0 # steps of linear warm-up
+    shift: int = 0 # 0: its first step has rate 0 (CLIPA's JAX code); 1: it counts from 1 (torch)
     grad_clip: float = 0. # largest gradient norm; 0 is CLIPA's: no clipping
     max_scale: float = 100. # the temperature is kept in [1, max_scale]; 0: never clamped, as in CLIPA's JAX code
     chunks: int = 1 # pieces of exact accumulation
@@ -210,7 +211,7 @@ def train_step(
     comm=LOCAL, # ranks
 ) -> dict: # tensors: the losses and the gradient norm
     "One update."
-    set_lr(optimizer, warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
+    set_lr(optimizer, warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr, shift=cfg.shift))
     optimizer.zero_grad(set_to_none=True)
     out = forward_backward(wrapped, task, batch, comm, cfg.chunks, lambda: autocast(cfg.precision, device_of(batch)))
     params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
@@ -333,8 +334,10 @@ class Log:
         begins: str = '', # a stage that begins anew: its rows are forgotten too
     ):
         self.path = Path(path)
-        rows = [r for r in read_log(self.path) if r.get('step', 0) <= resume_at and r.get('stage') != (begins or None)] if resume_at else []
-        tmp = Path(f'{self.path}.tmp'); tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows)); os.replace(tmp, self.path)
+        rows = [r for r in read_log(self.path) if r.get('step', 0) <= resume_at and not (begins and r.get('stage') == begins)] if resume_at else []
+        tmp = Path(f'{self.path}.tmp')
+        with open(tmp, 'w') as f: f.write(''.join(json.dumps(r) + '\n' for r in rows)); f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, self.path)
 
     def __call__(self, **row):
         "Append one row."
@@ -407,12 +410,16 @@ def run_evals(
     evals: dict, # {name: f(model, comm=comm) -> dict of floats}
     model: nn.Module, # put into evaluation mode, and back
     comm=LOCAL, # ranks share the work
-) -> dict: # all numbers together
+) -> dict: # all numbers together; raises `UserError` where two evaluations return the same key
     "Every evaluation's numbers, as one row."
-    training, row = model.training, {}
+    training, row, owner = model.training, {}, {}
     model.eval()
-    for f in evals.values(): row.update(f(model, comm=comm))
-    model.train(training)
+    try:
+        for name, f in evals.items():
+            for k, v in f(model, comm=comm).items():
+                if k in row: raise UserError(f'evaluations {owner[k]!r} and {name!r} both return {k!r}: let each put its own prefix before its keys')
+                row[k], owner[k] = v, name
+    finally: model.train(training)
     return row
 
 # %% ../nbs/13_trainer.ipynb #c110

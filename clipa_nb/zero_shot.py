@@ -30,11 +30,12 @@ def evaluating(model): # anything with `encode_image` and `encode_text`
 def fill(
     template, # a format string with `{}`, or a function from name to prompt
     name: str, # of the class
-) -> str: # the prompt; raises `UserError` for a string without a place for the name
+) -> str: # the prompt; raises `UserError` for a string without a place for the name, or with one for something else
     "One prompt."
     if callable(template): return template(name)
-    prompt = template.format(name)
-    if prompt == template: raise UserError(f"template {template!r} has no place for the class name: write {{}} where it goes, as in 'a photo of a {{}}.'")
+    try: prompt, *two = (template.format(n) for n in (name, 'a', 'b'))
+    except (LookupError, ValueError, AttributeError, TypeError): two = ['', '']
+    if two[0] == two[1]: raise UserError(f"template {template!r} has no place for the class name, or asks for more: write {{}} where it goes, as in 'a photo of a {{}}.'")
     return prompt
 
 # %% ../nbs/15_zero_shot.ipynb #c019
@@ -51,13 +52,13 @@ def check_names(
     ids_MLT, # prompts as token ids: classes × templates × tokens
     names: list, # of the classes
 ): # warns
-    "Say which class names have become the same text, which happens where a short context cuts them off."
+    "Say which class names are or have become the same text, which happens where a short context cuts them off."
     first, lost = {}, []
-    for name, rows in zip(names, ids_MLT.cpu().numpy()):
-        twin = first.setdefault(rows.tobytes(), name)
-        if twin != name: lost.append((twin, name))
+    for k, rows in enumerate(ids_MLT.cpu().numpy()):
+        twin = first.setdefault(rows.tobytes(), k)
+        if twin != k: lost.append((names[twin], names[k]))
     if lost: warnings.warn(f'{len(lost)} of {len(names)} class names have the same {ids_MLT.shape[-1]} tokens as another in every prompt, first {lost[0][0]!r} and {lost[0][1]!r}: '
-                           'use a longer context, shorter templates, or the text strategy of training', stacklevel=3)
+                           'use different names, a longer context, shorter templates, or the text strategy of training', stacklevel=3)
 
 # %% ../nbs/15_zero_shot.ipynb #c025
 def class_vectors(

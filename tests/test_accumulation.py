@@ -1,5 +1,5 @@
 "Accumulation in chunks gives the gradient of one graph: any objective, dropped tokens, dropout, bf16, ranks; and bad input is refused."
-import contextlib, inspect, math
+import contextlib, inspect, math, os
 import pytest, torch
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from clipa_nb.cost import Tower
 from clipa_nb.distributed_trainer import same_gradients, spawn
 from clipa_nb.infonce import Contrastive, Sigmoid
 from clipa_nb.optimization import make_optimizer
-from clipa_nb.trainer import Task, TrainConfig, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, set_rng_state, split, train_step
+from clipa_nb.trainer import Log, Task, TrainConfig, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, run_evals, set_rng_state, split, train_step
 
 CHUNKS = [1, 2, 4, 7] # 14 samples: even, ragged, two at a time
 N = 14
@@ -151,6 +151,26 @@ def test_scale_is_clamped_after_the_step_or_never(max_scale, want):
         task = Task(clip(), Contrastive()); task.model.logit_scale.data.fill_(start)
         train_step(task, task, batch_of(4), make_optimizer(task.model, lr=1e-9, weight_decay=0.), 0, TrainConfig(steps=2, lr=1e-9, max_scale=max_scale))
         assert float(task.model.logit_scale.detach()) == pytest.approx(end, abs=1e-6)
+
+@pytest.mark.parametrize('other, says', [({'val/b': 2.}, ''), ({'val/a': 1.}, "evaluations 'first' and 'second' both return 'val/a'")])
+def test_two_evaluations_never_share_a_key(other, says):
+    "One row holds all numbers, so a second owner of a key would replace the first in silence; refused or not, the model trains on."
+    model = nn.Linear(2, 2).train(); evals = dict(first=lambda model, comm: {'val/a': 1.}, second=lambda model, comm: other)
+    if says:
+        with pytest.raises(UserError, match=says): run_evals(evals, model)
+    else: assert run_evals(evals, model) == {'val/a': 1., 'val/b': 2.}
+    assert model.training
+
+def test_a_log_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    "At a resume the log is written anew: a power cut must leave the old one or the new one."
+    done, fsync, replace = [], os.fsync, os.replace
+    Log(tmp_path / 'metrics.jsonl')(step=1)
+    before = (tmp_path / 'metrics.jsonl').read_text()
+    monkeypatch.setattr(os, 'fsync', lambda fd: (done.append(('on disk', os.fstat(fd).st_size)), fsync(fd)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(('replaced', os.stat(a).st_size)), replace(a, b)))
+    Log(tmp_path / 'metrics.jsonl', resume_at=1)
+    assert done == [('on disk', len(before)), ('replaced', len(before))]
+    assert (tmp_path / 'metrics.jsonl').read_text() == before # rows without a stage too
 
 def test_clamp_leaves_alone_what_is_not_its_own():
     model = clip(); model.logit_scale.data.fill_(6.); model.logit_scale.requires_grad_(False)

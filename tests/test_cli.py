@@ -151,6 +151,33 @@ def test_a_mistake_as_a_process():
     done = start('train', 'tooy'); out, err = done.communicate(timeout=120)
     assert done.returncode == 2 and out == '' and err.count('\n') == 1 and 'did you mean toy' in err
 
+def test_debug_shows_where_and_keeps_the_code(clipa, monkeypatch):
+    line = clipa('train', 'tooy', check=2).stderr
+    shown = clipa('train', 'tooy', '--debug', check=2).stderr
+    assert shown.startswith('Traceback') and 'UserError' in shown and shown.endswith(line) and 'Traceback' not in line
+    def breaks(*args): raise KeyError('nothing of yours')
+    monkeypatch.setattr('clipa_nb.cli.run', breaks)
+    line = clipa('train', 'toy', check=1).stderr
+    shown = clipa('train', 'toy', '--debug', check=1).stderr
+    assert 'in breaks' in shown and shown.startswith('Traceback') and "clipa: failed: KeyError: 'nothing of yours'" in shown and 'in breaks' not in line
+
+def test_every_parameter_of_a_command_has_its_help(clipa):
+    import inspect
+    from clipa_nb.cli import COMMANDS
+    def words(text): return ' '.join(text.replace('│', ' ').split())
+    for name, f in COMMANDS.items():
+        beside = {k: line.split('# ', 1)[1].strip() for k in inspect.signature(f).parameters for line in inspect.getsource(f).splitlines() if line.startswith(f'    {k}: ') and '# ' in line}
+        assert set(beside) == set(inspect.signature(f).parameters), name
+        said = words(clipa(name, '--help').stdout)
+        for k, comment in beside.items(): assert k in ('options', 'questions') or comment in said, (name, k)
+
+def test_the_time_of_a_plan_has_a_fitting_unit():
+    from clipa_nb.cli import Options, make_plan, plan_table
+    from clipa_nb.recipes import TOY
+    plan = make_plan(TOY, Options(device='cpu', precision='fp32'), trial=0)
+    def about(seconds): return ' '.join(plan_table(dict(plan, stages=[dict(plan['stages'][0], seconds=seconds)])).splitlines()[2].split()[-2:])
+    assert [about(t) for t in (0.2, 89, 91, 5300, 5500, 7200, 172_000, 180_000, 5.03e6)] == ['0 s', '89 s', '1.5 min', '88.3 min', '1.5 h', '2.0 h', '47.8 h', '2.1 days', '58.2 days']
+
 def test_unknown_names(clipa):
     bad(clipa, 'train', 'tooy', says='did you mean toy')
     bad(clipa, 'eval', '/nowhere/model', says='/nowhere/model: there is no such directory')
@@ -179,6 +206,74 @@ def test_flags_that_doctor_has_no_use_for(clipa, tmp_path):
         bad(clipa, 'doctor', 'toy', '--smoke', '--device', 'cpu', '--out', tmp_path / 'x', *flag, says=f'{flag[0]} has no meaning for clipa doctor')
     clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0', '--out', tmp_path / 'x')
     assert [p.name for p in (tmp_path / 'x').iterdir()] == ['doctor'] # a run that lives here later draws its own data
+
+class Slow:
+    "A source that sleeps where a sample is read: every time, or (a page cache) the first time."
+    def __init__(self, source, seconds, always=True): self.source, self.seconds, self.always, self.known = source, seconds, always, set()
+    def __len__(self): return len(self.source)
+    def where(self, i): return self.source.where(i)
+    def read(self, i):
+        if self.always or i not in self.known: self.known.add(i); time.sleep(self.seconds)
+        return self.source.read(i)
+
+class SlowWords:
+    "A tokenizer that sleeps for each caption: something slow that is not reading."
+    def __init__(self, tokenizer, seconds): self.tokenizer, self.seconds = tokenizer, seconds
+    def __call__(self, texts, **kw): time.sleep(self.seconds * len(texts)); return self.tokenizer(texts, **kw)
+
+@pytest.fixture
+def patient(finished, tmp_path, monkeypatch):
+    "A function: a run as the doctor opens it, with so many workers and samples in a batch, and steps that take no time."
+    monkeypatch.setattr('clipa_nb.cli.trial_seconds', lambda *args, **kw: 1e-6)
+    from clipa_nb.cli import Options, Run
+    from clipa_nb.data import Shards
+    from clipa_nb.recipes import TOY, smoke
+    def make(workers=0, batch=32): return Run(smoke(TOY).with_stages(*[dict(batch_size=batch, samples=batch * 8)] * 2), Options(device='cpu', precision='fp32', workers=workers), tmp_path, source=Shards(str(finished / 'data')))
+    return make
+
+def examined(run, workers=0):
+    from clipa_nb.cli import bottleneck, measure
+    rates = measure(run, run.recipe.stages[0])
+    return rates, bottleneck(rates, workers)
+
+def test_doctor_reads_what_nobody_has_read(patient):
+    "10 ms for the first read of a sample: 100 a second, and not what comes out of the memory."
+    run = patient(); run.source = Slow(run.source, 0.01, always=False)
+    rates, name = examined(run)
+    assert rates['read'] <= 100 and rates['decode'] > rates['read'] and name == 'reading'
+    assert rates['loader'] <= 100 and rates['loader'] == pytest.approx(1 / (1 / rates['read'] + 1 / rates['decode']), rel=0.3) # what the third exercise builds on
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('workers, batch', [(1, 8), (4, 8), (12, 32)])
+def test_doctor_waits_for_the_loaders_own_speed(patient, workers, batch):
+    "However many batches are under way when the clock starts, the loader is no faster than its workers can read."
+    run = patient(workers, batch); run.source = Slow(run.source, 0.01)
+    rates, name = examined(run, workers)
+    assert rates['loader'] <= 2 * 100 * workers
+    assert rates['read'] <= 100 and name == 'reading'
+
+def test_doctor_says_decoding_and_step(patient, monkeypatch):
+    run = patient(); words = run.tokenizer
+    run.tokenizer = SlowWords(words, 0.005)
+    rates, name = examined(run)
+    assert rates['decode'] <= 200 < rates['read'] and name == 'decoding'
+    run.tokenizer = words
+    monkeypatch.setattr('clipa_nb.cli.trial_seconds', lambda *args, **kw: 100.)
+    assert examined(run)[1] == 'step'
+
+def examine(comm, run):
+    run.comm = comm; real = comm.gather
+    comm.gather = lambda x: (time.sleep(2), real(x))[1]
+    return examined(run)
+
+def test_doctor_says_gather(patient):
+    from clipa_nb.distributed_trainer import spawn
+    run = patient()
+    for rates, name in spawn(examine, 2, run): assert list(rates) == ['read', 'decode', 'loader', 'step', 'gather'] and rates['gather'] <= 16 / 2 and name == 'gather'
+
+def test_doctor_names_one_part(clipa):
+    last = clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0').stdout.splitlines()[-1]
+    assert last.startswith('the bottleneck is: ') and last.split()[3] in ('reading', 'decoding', 'loader', 'step')
 
 def test_costs_at_an_impossible_share(clipa):
     for mfu in ('0', '40', '-1', 'nan'): assert not bad(clipa, 'cost', 'toy', '--mfu', mfu, says='0 < mfu ≤ 1').stdout

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError
-from clipa_nb.data import (Batches, Csv, Endless, Folder, HubSet, Shards, Source, Transform, decode, index_shard, jpeg, jitter_colours,
-                           loader, members, open_pairs, positions, write_shards)
+from clipa_nb.data import (Batches, ClassFolders, Csv, Endless, Filter, Folder, HubSet, Shards, Skips, Source, Transform, decode, expand, filtered, index_shard, jpeg,
+                           jitter_colours, loader, members, open_pairs, positions, write_shards)
 
 torch.set_num_threads(1)
 
@@ -369,6 +369,16 @@ def test_empty_places(tmp_path, make, message):
     with pytest.raises(UserError, match=message): make(tmp_path)
 
 
+def test_files_are_on_the_disk_before_they_are_in_place(tmp_path, monkeypatch):
+    "A power cut after the move must not find an empty file, `sizes.json` least of all."
+    flushed, moved, fsync, replace = {}, {}, os.fsync, os.replace
+    def flush(fd): s = os.fstat(fd); flushed[s.st_ino] = s.st_size; fsync(fd)
+    def move(a, b): s = os.stat(a); moved[Path(b).name] = flushed.get(s.st_ino) == s.st_size; replace(a, b)
+    monkeypatch.setattr(os, 'fsync', flush); monkeypatch.setattr(os, 'replace', move)
+    write_shards(samples(3), tmp_path / 'x')
+    assert moved == {'000000.tar': True, 'sizes.json': True}
+
+
 def test_hub_set():
     datasets = pytest.importorskip('datasets')
     rows = datasets.Dataset.from_dict({'image': [{'bytes': jpeg(picture(i)), 'path': None} for i in range(4)], 'caption': [[f'a{i}', f'b{i}'] for i in range(4)], 'label': list(range(4))})
@@ -377,3 +387,113 @@ def test_hub_set():
     b = Batches(HubSet(rows, text='caption'), tokens, Transform(16), 4, context_length=2)
     said = {bytes(t.tolist()).decode()[0] for s in range(10) for t in b[s]['text']}
     assert said == {'a', 'b'} and set(b[0]['label'].tolist()) == {0, 1, 2, 3}
+
+
+# ---- keys ----
+
+def tar_of(path, *rows):
+    with tarfile.open(path, 'w') as t:
+        for name, data in rows: m = tarfile.TarInfo(name); m.size = len(data); t.addfile(m, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize('again', [('a.jpg',), ('a.txt',), ('a.json',), ('a.png',), ('a.jpg', 'a.txt'), ('a.txt', 'a.jpg', 'a.json')])
+def test_a_key_that_comes_twice_is_left_out_and_said(tmp_path, again):
+    "Nobody can say which picture belongs to which caption."
+    part = {'.jpg': jpeg(picture(1)), '.png': as_file(Image.new('RGB', (8, 8)), 'png'), '.txt': b'red', '.json': b'{}'}
+    rows = [(n, part[Path(n).suffix]) for n in ('a.jpg', 'a.txt', 'a.json', *again, 'b.jpg', 'b.txt')]
+    with pytest.warns(UserWarning, match='1 key has an image, a caption or a json twice and is left out'): s = Shards(tar_of(tmp_path / 'x.tar', *rows))
+    assert [s.where(i)[1] for i in range(len(s))] == ['b'] and len(s.notes) == 1
+    with pytest.warns(UserWarning, match='1 samples lack image or caption.*; .*1 key has'): Shards(tar_of(tmp_path / 'x.tar', *rows, ('c.txt', b'c')))
+
+
+def test_a_key_of_another_shard_is_another_key(tmp_path):
+    for n in 'xy': tar_of(tmp_path / f'{n}.tar', ('a.jpg', jpeg(picture(1))), ('a.txt', n.encode()))
+    assert [Shards(tmp_path).read(i)['text'] for i in range(2)] == ['x', 'y']
+
+
+def test_writing_a_key_twice(tmp_path):
+    with pytest.raises(UserError, match="key 'k' comes twice"): write_shards([('k', jpeg(picture(1)), 'one', {}), ('k', jpeg(picture(2)), 'two', {})], tmp_path / 'x')
+    assert not list((tmp_path / 'x').glob('*.tar'))
+
+
+# ---- how much damage ends a run ----
+
+def test_the_limit_is_a_share_of_a_batch_larger_than_the_window():
+    one = [('a.tar', 'not an image')]
+    Skips().add(one * 101, 8192); Skips().add(one * 163, 8192)
+    for bad, rows in ((101, 128), (1000, 8192)):
+        with pytest.raises(UserError, match=f'{bad} of the last {rows + bad} samples cannot be read'): Skips().add(one * bad, rows)
+    nine = Skips()
+    for _ in range(20): nine.add(one * 90, 900)
+    assert sum(nine.counts.values()) == 1800
+
+
+# ---- which reader ----
+
+@pytest.mark.parametrize('join', [list, '::'.join], ids=['list', 'joined'])
+def test_hundreds_of_shards(toy, join):
+    assert len(open_pairs(join([str(toy / '000003.tar')] * 400))) == 4000
+
+
+def test_a_stray_text_hides_no_class_folders(tmp_path):
+    (tmp_path / 'cat').mkdir(); (tmp_path / 'cat' / '1.jpg').write_bytes(jpeg(picture(1))); (tmp_path / 'readme.txt').write_text('read me')
+    s = open_pairs(tmp_path)
+    assert isinstance(s, ClassFolders) and s.names == ['cat']
+    (tmp_path / 'cat' / '1.jpg').unlink()
+    with pytest.raises(UserError, match='holds no image with a .txt'): open_pairs(tmp_path)
+
+
+def test_endings_in_capitals(tmp_path):
+    for i, (a, b, c) in enumerate((('.JPG', '.TXT', '.JSON'), ('.jpg', '.txt', '.json'), ('.Png', '.Txt', '.Json'))):
+        (tmp_path / f'{i}{a}').write_bytes(jpeg(picture(i))); (tmp_path / f'{i}{b}').write_text(f'number {i}'); (tmp_path / f'{i}{c}').write_text(f'{{"label": {i}}}')
+    s = open_pairs(tmp_path)
+    assert isinstance(s, Folder) and [(s.read(i)['text'], s.read(i)['json'], s.where(i)[1]) for i in range(len(s))] == [(f'number {i}', {'label': i}, str(i)) for i in range(3)]
+
+
+def test_an_unfinished_set_by_any_name(tmp_path):
+    write_shards(samples(3), tmp_path / 'all' / 'set'); (tmp_path / 'all' / 'set' / '.unfinished').touch(); at = f'{tmp_path}/all'
+    for where in (f'{at}/set', f'{at}/set/*.tar', f'{at}/set/{{000000..000000}}.tar', at, f'{at}/*/*.tar', [f'{at}/set/000000.tar']):
+        with pytest.raises(UserError, match='set holds an unfinished set of shards'): expand(where)
+
+
+# ---- pixels of other kinds ----
+
+@pytest.mark.parametrize('form', ['png', 'tiff'])
+def test_sixteen_bits_of_grey_keep_their_range(form):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    x = decode(as_file(Image.fromarray(ramp), form), Transform(32, mode='squash'))
+    assert abs(x.mean() - 127.5) < 2 and x.min() < 8 and x.max() > 247
+
+
+@pytest.mark.parametrize('kind', [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_damage(tmp_path, kind):
+    "A picture of floats became black and one of large integers white; now they are counted."
+    for i in range(8): (tmp_path / f'{i}.txt').write_text('x'); (tmp_path / f'{i}.png').write_bytes(as_file(Image.fromarray(np.ones((8, 8), kind)), 'tiff') if i == 3 else jpeg(picture(i)))
+    b = Batches(open_pairs(tmp_path), tokens, Transform(16), 8, context_length=4); b[0]
+    assert [why for _, why in b.skipped.counts] == ['pixel values of unknown range']
+
+
+def test_decoding_leaves_the_callers_image_alone():
+    data = jpeg(picture(5, 400, 500), quality=95); image = Image.open(io.BytesIO(data))
+    decode(image, Transform(16, mode='squash'))
+    assert image.size == (500, 400)
+    assert np.array_equal(decode(image, Transform(224, mode='squash')), decode(data, Transform(224, mode='squash', draft=0.)))
+
+
+# ---- filters ----
+
+class Torn(Source):
+    n = 20
+    def read(self, i):
+        if i == 7: raise json.JSONDecodeError('no json', '', 0)
+        return {'image': b'', 'text': 'x' * i, 'json': {}, 'key': str(i)}
+
+
+def test_filters_count_what_cannot_be_read():
+    kept, counts = filtered(Torn(), [Filter('short', lambda row: len(row['text']) < 10), Filter('not empty', lambda row: row['text'] != '')])
+    assert kept.ids.tolist() == [1, 2, 3, 4, 5, 6, 8, 9] and counts == {'readable': 1, 'short': 10, 'not empty': 1}
+
+
+def test_filters_that_leave_nothing():
+    with pytest.raises(UserError, match="leave none of 20 samples.*readable 1.*never 19"): filtered(Torn(), [Filter('never', lambda row: False)])

@@ -82,6 +82,34 @@ def test_the_toy_world_is_one_data_source_among_others():
 def test_viz_is_never_imported_at_the_top():
     for name in TREES: assert 'viz' not in own(name, top=True), name
 
+BORROWED = dict.fromkeys(CHAPTERS, {'viz'}) | dict(infonce={'viz', 'distributed_trainer'}, trainer={'viz', 'distributed_trainer'}) # CONTRIBUTING.md, "The rooms"
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_that_are_not_exported_borrow_from_a_short_list(path):
+    "A chapter needs the chapters before it, and of later ones only what the list names; nobody else talks to process groups."
+    for i, c in enumerate(read(path).cells):
+        if c.cell_type != 'code' or 'export' in directives(c): continue
+        for module, names in imports(ast.parse(re.sub(r'^[ ]*[%!].*', '', c.source, flags=re.M))):
+            for m in names if module == '.' else [module[1:]] if module.startswith('.') else (): # `from clipa_nb import viz` names whole modules
+                assert NUMBER.get(m, 99) <= NUMBER[path.stem[3:]] or m in BORROWED[path.stem[3:]], f'cell {i} borrows {m}'
+            assert not module.startswith('torch.distributed') or path.stem[3:] == 'distributed_trainer', f'cell {i} imports {module}'
+
+SUFFIX = re.compile(r'[A-Za-z]+_(?P<letters>(?=[a-zA-Z]*[A-Z])[A-Za-z]{1,6}|[bnhwc]|hw|cd)\d*')
+
+def suffixes(tree):
+    "(name, letters) of every variable and parameter that carries its shape: one capital at least, or one of the small letters of the legend."
+    for n in ast.walk(tree):
+        name = n.id if isinstance(n, ast.Name) else n.arg if isinstance(n, ast.arg) else ''
+        if (m := SUFFIX.fullmatch(name)) and not name.isupper() and not re.search('[a-z]{2}', re.sub("hw|cd", "", m["letters"])): yield name, m['letters']
+
+def test_every_letter_of_a_suffix_is_in_the_legend():
+    from clipa_nb.core import SHAPES
+    found = [s for tree in TREES.values() for s in suffixes(tree)]
+    unknown = sorted({name for name, letters in found if set(letters) - set(SHAPES)})
+    assert not unknown, f'not in the legend of chapter 00: {unknown}'
+    unused = set(SHAPES) - {letter for _, letters in found for letter in letters}
+    assert not unused, f'in the legend, and in no name: {sorted(unused)}'
+
 # -- notebooks ----------------------------------------------------------------------------------------------------------------
 
 def read(path): return nbformat.read(path, 4)
@@ -165,7 +193,9 @@ def test_exports_are_small_and_tested():
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_solutions_are_folded(path):
     text = '\n'.join(c.source for c in read(path).cells if c.cell_type == 'markdown')
-    assert re.search(r'^## Exercises', text, re.M) and '<details>' in text and '</details>' in text
+    exercises, _, rest = text[text.index('\n## Exercises'):].partition('<details>')
+    solutions, end, _ = rest.partition('</details>')
+    assert end and re.findall(r'^(\d)\. ', exercises, re.M) == re.findall(r'^(\d)\. ', solutions, re.M) == ['1', '2', '3'], 'three exercises, and a folded solution of each'
 
 # -- the project speaks of itself alone ---------------------------------------------------------------------------------------
 
@@ -181,3 +211,10 @@ def test_no_place_of_a_machine_is_written_down():
             text = '\n'.join(''.join(c['source']) + ''.join(t for o in c.get('outputs', []) for t in [*o.get('text', []), *o.get('data', {}).get('text/plain', [])]) for c in cells)
         if m := PLACES.search(text): found[p.name] = text[max(0, m.start() - 30):m.end() + 30]
     assert not found, found
+
+if __name__ == '__main__': # what `.ci/run` prints
+    print('chapter                  exports  demo  assertion  longest  median  run  figures')
+    for p in NOTEBOOKS:
+        nb = read(p); rows = list(quartets(nb)) or [((), 0, True, True, True)]
+        share = lambda i: f'{100 * sum(r[i] for r in rows) / len(rows):.0f} %'
+        print(f'{p.stem:24s} {len(rows):7d} {share(3):>5s} {share(4):>10s} {max(r[1] for r in rows):8d} {statistics.median(r[1] for r in rows):7g} {longest_run(nb):4d} {pictures(nb):8d}')

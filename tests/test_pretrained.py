@@ -447,6 +447,22 @@ def test_evaluation_pixels_equal_open_clip(how, size):
     ours, theirs = P.preprocess(cfg), open_clip.transform.image_transform(size, False, **{k: v for k, v in P.PREPROCESS[how].items()})
     for picture in pictures(): assert torch.equal(ours(picture), theirs(picture)), (picture.mode, picture.size)
 
+def test_the_keywords_are_there_to_be_seen(monkeypatch):
+    "`create_model_and_transforms` shows every keyword of `create_model`, with the same default, and hands each on."
+    import inspect
+    shown = inspect.signature(P.create_model_and_transforms).parameters
+    assert {k: p.default for k, p in shown.items()} == {k: p.default for k, p in inspect.signature(P.create_model).parameters.items()}
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in shown.values())
+    model, got = small(), {}
+    def note(*args, **kw): got.update(real.bind(*args, **kw).arguments); return model
+    real = inspect.signature(P.create_model)
+    monkeypatch.setattr(P, 'create_model', note)
+    given = {k: f'the {k}' for k in shown}
+    P.create_model_and_transforms(**given)
+    assert got == given
+    monkeypatch.undo()
+    with pytest.raises(UserError, match='unknown device'): P.create_model_and_transforms('ViT-S-16-CLIPA', None, 'fp32') # open_clip's third word is the precision
+
 def test_preprocessing_travels(tmp_path):
     own = P.preprocess(SMALL.replace(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bicubic', resize_mode='shortest'))
     out = P.save_pretrained(small(), tmp_path / 'out', preprocess=own)

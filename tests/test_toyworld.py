@@ -341,6 +341,10 @@ def test_the_prose_says_what_the_rows_say():
     assert 'R@1 falls with them' in prose and 'retrieval score read alone' not in prose
     by_name = {v: [mean('colour is named', v, k) for k in ('class_top1', 'shape')] for v in ('0.6', '0.9', '1')}
     assert max(by_name, key=lambda v: by_name[v][0]) == '1' == min(by_name, key=lambda v: by_name[v][1])
+    for dial, value, least, most in (('view', 'pale', 0, 2 / 3), ('view', 'turned ±90°', 0, 2 / 3), ('fills', 'half', 0, 2 / 3), ('view', 'grain 30', 2 / 3, 0.9), ('view', 'specks', 0.9, 1.1)):
+        assert least <= mean(dial, value, 'class_top1') / mean('view', 'demo', 'class_top1') < most and mean(dial, value, 'colour') > 0.97, (dial, value)
+    before, after = ({k: mean('length of a run', v, k) for k in ('shape', 'r1')} for v in ('rich', 'rich, 3 ×'))
+    assert before['shape'] < after['shape'] < after['r1'] and before['r1'] < after['r1']
     alone = {d for world, dials, *_ in (json.loads(r['data']) for r in rows) if world == 'demo' and len(dials) <= 3 for d, _ in dials}
     assert not alone & {'n_objects', 'size_2', 'size_3', 'jitter_2', 'jitter_3', 'grounds', 'say_size', 'say_fill', 'say_place', 'say_relation', 'say_shade', 'say_ground', 'language'}
 

@@ -7,6 +7,7 @@
 
 Every runner is the toy recipe's model on the same pictures in the same order, each seen once; the image strategy is all that differs.
 'none' sees all 64 tokens, for as many floating-point operations of the image tower as the others. There is no second stage.
+Rows call this recipe 'toy-race'; `seconds` is wall time of the training.
 """
 import argparse, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
@@ -76,11 +77,11 @@ def race(seeds, only):
         def pairs(first): part = scenes(world, seed, range(first, first + BATCH)); return render(part, SIZE), tokenizer(caption_text(part), TOY.model.context_length)
         for strategy in only or RUNNERS:
             if any(r['what'] == 'race' and (r['strategy'], r['seed']) == (strategy, seed) for r in done()): continue
-            seed_everything(seed); start = time.process_time(); model = model_for(strategy); t = TOY.model.image
-            seed_everything(seed); start = time.process_time(); model = model_for(strategy); t = TOY.model.image
+            seed_everything(seed); start, began = time.process_time(), time.perf_counter(); model = model_for(strategy); t = TOY.model.image
             steps = STEPS if strategy != 'none' else round(STEPS * tower_flops(t, 16) / tower_flops(t, 64))
             train(model, pairs, steps)
-            append(what='race', strategy=strategy, seed=seed, **about(), precision=PRECISION, batch=BATCH, steps=steps, cpu_seconds=round(time.process_time() - start, 1), metrics=exam(model, tokenizer, sets))
+            spent = dict(seconds=round(time.perf_counter() - began, 1), cpu_seconds=round(time.process_time() - start, 1))
+            append(what='race', recipe='toy-race', strategy=strategy, seed=seed, **about(), precision=PRECISION, batch=BATCH, steps=steps, **spent, metrics=exam(model, tokenizer, sets))
 
 def cost():
     "A training step of four layers of L/16, random dropping included, at the token counts of the papers."
