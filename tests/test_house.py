@@ -87,7 +87,7 @@ sys.meta_path.insert(0, Absent())
 for name in {[p.stem[3:] for p in CHAPTERS]!r}:
     if name != 'viz': importlib.import_module('clipa_nb.' + name)
 from clipa_nb.core import UserError
-try: import clipa_nb.viz
+try: import clipa_nb.engine.viz
 except UserError as e: assert "clipa_nb[demo]" in str(e), e
 else: raise SystemExit('viz imported without matplotlib')
 '''

@@ -90,7 +90,7 @@ def test_cells_that_are_not_exported_borrow_from_a_short_list(path):
     for i, c in enumerate(read(path).cells):
         if c.cell_type != 'code' or 'export' in directives(c): continue
         for module, names in imports(ast.parse(re.sub(r'^[ ]*[%!].*', '', c.source, flags=re.M))):
-            for m in names if module == '.' else [module[1:]] if module.startswith('.') else (): # `from clipa_nb import viz` names whole modules
+            for m in names if module == '.' else [module[1:]] if module.startswith('.') else (): # `from clipa_nb.engine import viz` names whole modules
                 assert NUMBER.get(m, 99) <= NUMBER[path.stem[3:]] or m in BORROWED[path.stem[3:]], f'cell {i} borrows {m}'
             assert not module.startswith('torch.distributed') or path.stem[3:] == 'distributed_trainer', f'cell {i} imports {module}'
 

@@ -431,7 +431,7 @@ RECORDED = { # rows that the bench may write, what the chapter says of them, and
 @pytest.mark.parametrize('case', RECORDED)
 def test_chapter_reads_whatever_rows_the_bench_wrote(case, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib', reason='figures need the extra [demo]')
-    from clipa_nb import viz
+    from clipa_nb.engine import viz
     rows, said, unsaid = RECORDED[case]
     if rows: (tmp_path / 'results').mkdir(); (tmp_path / 'results' / 'loss.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     monkeypatch.chdir(tmp_path)

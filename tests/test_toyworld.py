@@ -313,7 +313,7 @@ def recorded_cell():
 @pytest.mark.parametrize('panels, values, seeds', [(0, 0, 0), (1, 1, 1), (2, 3, 2), (5, 2, 1), (9, 5, 3), (11, 2, 2)])
 def test_every_recorded_row_is_drawn(panels, values, seeds, tmp_path, monkeypatch):
     pytest.importorskip('matplotlib')
-    from clipa_nb.viz import PALETTE, canvas
+    from clipa_nb.engine.viz import PALETTE, canvas
     at = lambda p, v, s, m: ((p * 7 + v * 13 + s * 3 + m * 29) % 90 + 5) / 100
     names = ('class_top1', 'shape', 'colour', 'r1'); label = ['demo', 'turned ±90°', 'contrast 0.3', 'specks', 'grain 30']
     rows = [dict(dial=f'dial {p}', value=label[v], seed=s, hardware='here', data=f'{p}/{v}', metrics={k: at(p, v, s, m) for m, k in enumerate(names)})
