@@ -125,9 +125,7 @@ def as_type(
 ): # the value in the type asked for; raises `UserError`
     "Check and convert one value of a configuration."
     args, origin = typing.get_args(kind), typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or text and value == 'None': return None
-        return as_type(next(a for a in args if a is not type(None)), value, where, text)
+    if origin in (typing.Union, types.UnionType): return _as_one_of(args, value, where, text)
     if text and kind is not str and isinstance(value, str): value = _literal(kind, value)
     found = _NOT_GIVEN
     if isinstance(kind, type) and issubclass(kind, Config):
@@ -145,6 +143,14 @@ def as_type(
     else: found = tuple(value) if isinstance(value, list) else value
     if found is _NOT_GIVEN: raise UserError(f'{where}: found {value!r}, expected {_in_words(kind)}')
     return found
+
+def _as_one_of(kinds, value, where, text):
+    "A value of the first kind that takes it."
+    if value is None and type(None) in kinds or text and value == 'None': return None
+    kinds = [k for k in kinds if k is not type(None)]
+    for kind in kinds[:-1]:
+        with contextlib.suppress(UserError): return as_type(kind, value, where, text)
+    return as_type(kinds[-1], value, where, text)
 
 def _literal(kind, text):
     "The Python literal that a text spells; otherwise a tuple of words where one is wanted, or the text itself."

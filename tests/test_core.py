@@ -23,11 +23,12 @@ class Whole(Config):
     sizes: tuple[int, ...] = (1, 2)
     pair: tuple[float, float] = (0., 1.)
     name: str = 'x'
+    chunk: int | str | None = 'auto'
 
 @pytest.mark.parametrize('path, text, want', [
     ('part.width', '7', lambda c: c.part.width == 7), ('part.rate', '2e-3', lambda c: c.part.rate == 0.002), ('rows.1.width', '1e3', lambda c: c.rows[1].width == 1000),
     ('sizes', '(3, 4, 5)', lambda c: c.sizes == (3, 4, 5)), ('sizes', '3,4', lambda c: c.sizes == (3, 4)), ('name', '3', lambda c: c.name == '3'),
-    ('extra', 'None', lambda c: c.extra is None), ('pair', '[0.4, 1]', lambda c: c.pair == (0.4, 1.)), ('rows.0.rate', '1', lambda c: isinstance(c.rows[0].rate, float)),
+    ('extra', 'None', lambda c: c.extra is None), ('chunk', '512', lambda c: c.chunk == 512), ('chunk', 'None', lambda c: c.chunk is None), ('chunk', 'auto', lambda c: c.chunk == 'auto'), ('pair', '[0.4, 1]', lambda c: c.pair == (0.4, 1.)), ('rows.0.rate', '1', lambda c: isinstance(c.rows[0].rate, float)),
 ])
 def test_any_field_can_be_set_from_text(path, text, want): assert want(Whole().set(path, text))
 
