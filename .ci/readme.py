@@ -19,7 +19,7 @@ def make() -> tuple:
         cells.append(cell)
     nb.cells = cells
     text, resources = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': str(FIGURES), 'unique_key': 'index'})
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![what a pair costs, and the method in miniature]')
+    text = re.sub(r'\]\(((?:\w+/)*\w+\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![what a pair costs, and the method in miniature]')
     text = re.sub(r'\n\s*\n\s*\n', '\n\n', text).strip() + '\n'
     return '<!-- generated from nbs/index.ipynb by .ci/readme.py; edit the notebook -->\n\n' + text, resources.get('outputs', {})
 
