@@ -408,7 +408,8 @@ def test_without_a_gradient_of_the_gather_only_the_streamed_form_stays_right():
         out, deaf = {}, Deaf(comm.rank, comm.size)
         for name in ('sigmoid', 'streamed', 'sigmoid, streamed'):
             loss, grads, _ = found(*(share(v, comm) for v in features(12)), FORMS[name], comm=deaf)
-            out[name] = loss[0], comm.gather(grads[1]) / comm.size
+            grad = torch.zeros(12 // comm.size, E, dtype=torch.float64) if grads[1] is None else grads[1] # the plain sigmoid has no other way to the texts
+            out[name] = loss[0], comm.gather(grad) / comm.size
         return out
     for name, (_, grad) in spawn(text_gradient, 2)[0].items():
         apart = (grad - found(*features(12), FORMS[name])[1][1]).abs().max()
