@@ -3,15 +3,16 @@ import copy, json, os, stat, warnings
 from pathlib import Path
 import numpy as np
 import pytest, torch
+from PIL import Image
 from safetensors.torch import save_file
 from clipa_nb import pretrained as P
-from clipa_nb.clip import IMAGENET, MODELS, OPENAI, ModelConfig, build_clip, model_config
+from clipa_nb.clip import IMAGENET, MODELS, OPENAI, First, ModelConfig, build_clip, model_config
 from clipa_nb.core import UserError
 from clipa_nb.cost import Tower
-from clipa_nb.data import FILTERS
+from clipa_nb.data import FILTERS, Transform
 from clipa_nb.engine import formats as F
 from clipa_nb.patch_embedding import sincos
-from clipa_nb.tokenizer import ClipBPE, WordPiece, load_tokenizer, train_wordpiece
+from clipa_nb.tokenizer import ClipBPE, WordPiece, train_wordpiece
 
 try: import open_clip
 except ImportError: open_clip = None
@@ -438,3 +439,54 @@ def test_words_follow_the_tokenizer():
 def test_a_tokenizer_of_a_directory(saved):
     tok = train_wordpiece(['a red star'] * 5, 60, 8); tok.save(saved)
     assert torch.equal(P.get_tokenizer(f'local-dir:{saved}', context_length=6)(['a red star']), tok(['a red star'], 6))
+
+# ---- preprocessing and models by name (from the chapter)
+
+def test_a_square_by_hand():
+    wide = Image.fromarray(np.arange(45 * 30 * 3, dtype=np.uint8).reshape(30, 45, 3))
+    shortest = P.evaluation_pixels(wide, Transform(20, mode='shortest', interpolation='bicubic'))
+    assert np.array_equal(shortest, np.asarray(wide.resize((30, 20), Image.Resampling.BICUBIC).crop((5, 0, 25, 20))))
+    assert np.array_equal(P.evaluation_pixels(wide, Transform(20, mode='squash')), np.asarray(wide.resize((20, 20), Image.Resampling.BILINEAR)))
+
+def test_normalised_by_hand():
+    how = P.Preprocess(Transform(16, mode='squash', draft=0.), (0.5,) * 3, (0.25,) * 3)
+    torch.testing.assert_close(how(Image.new('RGB', (40, 20), (128, 128, 128))), torch.full((3, 16, 16), (128 / 255 - 0.5) / 0.25))
+    refused('expected a PIL image', how, torch.zeros(3, 4, 4)); refused('cannot be decoded', how, b'no image')
+
+def test_fresh_models_and_bare_files(tmp_path):
+    fresh, train, val = P.create_model_and_transforms('ViT-S-16-CLIPA', force_image_size=64, force_context_length=8, force_patch_dropout=0.5)
+    assert (fresh.cfg.image_ratio, fresh.cfg.image_strategy, train.transform.mode, val.transform.mode) == (0.5, 'random', 'crop', 'squash')
+    assert fresh.visual(torch.zeros(1, 3, 64, 64))[1]['ids'].shape == (1, 8) and fresh.encode_text(torch.ones(1, 8, dtype=torch.int64)).shape == (1, 384)
+    F.write_state(theirs(fresh), tmp_path / 'weights.safetensors')
+    file = str(tmp_path / 'weights.safetensors')
+    refused('nothing says how its images were prepared', P.create_model, 'ViT-S-16-CLIPA', file)
+    loaded = P.create_model('ViT-S-16-CLIPA', file, force_preprocess_cfg='openai', force_image_size=64, force_context_length=8)
+    assert (loaded.cfg.resize_mode, loaded.cfg.mean) == ('shortest', OPENAI['mean']) and all(p.is_contiguous() for p in loaded.parameters())
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+@pytest.mark.filterwarnings('default')
+def test_sources_of_a_name(saved, tmp_path):
+    assert P.source_of('ViT-B-16', None, None) == (model_config('ViT-B-16'), None, True, None)
+    assert P.source_of(f'local-dir:{saved}', None, None)[3] == F.BERT
+    (tmp_path / 'alone.bin').write_bytes(b'x'); assert P.source_of('ViT-B-16', str(tmp_path / 'alone.bin'), None)[2] == {}
+    assert P._beside('small', SMALL, tmp_path / 'nowhere' / 'model.safetensors') == {}
+    with pytest.warns(UserWarning, match='act gelu_tanh for gelu, ln_eps 1e-06 for 1e-05'): assert P._beside('small', SMALL.replace(act='gelu', ln_eps=1e-5), saved / F.FILES[0])['resize_mode'] == 'squash'
+    refused('the path of a file', P.source_of, 'ViT-B-16', 'openia', None)
+
+def test_registered_architectures_are_all_or_none(tmp_path):
+    (tmp_path / 'mine.json').write_text(json.dumps(F.open_clip_config(model_config('ViT-B-16').replace(image__depth=3).to_dict())['model_cfg']))
+    try:
+        P.add_model_config(tmp_path / 'mine.json')
+        assert 'mine' in P.list_models() and P.ADDED_WORDS['mine'] == {} and P.get_model_config('mine')['vision_cfg']['layers'] == 3 and {name for name, _ in P.TAGS} <= set(P.list_models())
+    finally: P.ADDED.pop('mine', None); P.ADDED_WORDS.pop('mine', None)
+    (tmp_path / 'bad.json').write_text('{"embed_dim": 64, "vision_cfg": {"qk_norm": true}, "text_cfg": {}}')
+    refused('qk_norm', P.add_model_config, tmp_path); assert 'mine' not in P.list_models()
+
+def test_a_model_that_is_not_its_configuration():
+    changed = small(); P._check_described(changed, SMALL); P._check_described(small(attention='matmul', image_strategy='random', image_ratio=0.5), SMALL)
+    changed.visual.pool = First(); refused(r'visual.pool is First\(\), not Mean\(first=1\)', P._check_described, changed, SMALL)
+    refused(r'\(5, 64\) for \(32, 64\)', P._check_described, small(embed_dim=5), SMALL)
+
+def test_a_vocabulary_too_large_is_refused(tmp_path):
+    out = P.save_pretrained(small(vocab_size=20), tmp_path / 'tiny'); train_wordpiece(['a red star', 'one green circle'] * 5, 60, 8).save(out)
+    refused('20', P.get_tokenizer, f'local-dir:{out}')
