@@ -398,7 +398,7 @@ def check_alike(comm, bypass):
     for i, g in enumerate(grads.values()):
         p = torch.nn.Parameter(torch.zeros(g.shape)); p.grad = torch.from_numpy(g); holder.register_parameter(f'p{i}', p)
     try: same_gradients(holder, comm)
-    except ValueError as e: return str(e)
+    except RuntimeError as e: return str(e)
     return ''
 
 def test_two_ranks_have_the_single_process_gradients():
@@ -612,7 +612,7 @@ def test_questions_that_mean_nothing(wrong, says):
 def test_own_parts_refuse(own, tmp_path):
     from clipa_nb.app.questions import Questions, own_parts
     from clipa_nb.core import UserError
-    from clipa_nb.data import Transform
+    from clipa_nb.engine.pictures import Transform
     pairs, names = str(own / 'pairs'), str(own / 'names.txt')
     (tmp_path / 'empty.txt').write_text('\n')
     for wrong, says in ((dict(val_data=(pairs,)), 'needs --classes'), (dict(val_data=(pairs, pairs), classes=names), 'two sets have the same name'), (dict(val_data=(pairs,), classes=str(tmp_path / 'none.txt')), 'No such file'),
@@ -622,7 +622,9 @@ def test_own_parts_refuse(own, tmp_path):
 def test_pictures_in_batches(finished, tmp_path):
     from clipa_nb.app.questions import Pictures
     from clipa_nb.core import UserError
-    from clipa_nb.data import Shards, Transform, write_shards
+    from clipa_nb.data import Shards
+    from clipa_nb.engine.pictures import Transform
+    from clipa_nb.engine.shards import write_shards
     source = Shards(str(finished / 'data'))
     mine = Pictures(source, Transform(size=64, mode='squash'), 200)
     assert [len(b['label']) for b in mine] == [200, 200, 112] and mine[1]['label'][3].item() == source.read(203)['json']['label']

@@ -9,7 +9,7 @@ from clipa_nb import pretrained as P
 from clipa_nb.clip import IMAGENET, MODELS, OPENAI, First, ModelConfig, build_clip, model_config
 from clipa_nb.core import UserError
 from clipa_nb.cost import Tower
-from clipa_nb.data import FILTERS, Transform
+from clipa_nb.engine.pictures import FILTERS, Transform
 from clipa_nb.engine import formats as F
 from clipa_nb.patch_embedding import sincos
 from clipa_nb.tokenizer import ClipBPE, WordPiece, train_wordpiece

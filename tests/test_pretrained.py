@@ -10,7 +10,7 @@ from clipa_nb.engine import formats as F
 from clipa_nb.clip import MODELS, TEXT_MASKS, First, ModelConfig, build_clip, load_weights, model_config
 from clipa_nb.core import UserError
 from clipa_nb.cost import Tower
-from clipa_nb.data import Transform
+from clipa_nb.engine.pictures import Transform
 from clipa_nb.tokenizer import ClipBPE, load_tokenizer, train_wordpiece
 
 try: import open_clip

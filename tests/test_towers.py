@@ -558,7 +558,7 @@ def test_counts_are_open_clips(name):
 
 @pytest.mark.parametrize('groups', [0, 1, 2, 3, 5, 99])
 def test_locking_is_open_clips(groups):
-    from clipa_nb.pretrained import rename
+    from clipa_nb.engine.formats import rename
     other, cfg = theirs('ViT-B-32', layers=3), model_config('ViT-B-32').replace(image__depth=3, text__depth=3)
     with torch.device('meta'): ours = build_clip(cfg)
     ours.lock_image_tower(groups), other.lock_image_tower(groups)

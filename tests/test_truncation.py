@@ -9,7 +9,8 @@ from clipa_nb.core import UserError, generator
 from clipa_nb.text_truncation import (TEXT_STRATEGIES, block_words, context_tagger, lexicon_tagger, nltk_tagger, priority, random_words, rule_tagger,
     syntax, text_strategy, truncate, vocabulary_ranks)
 from clipa_nb.tokenizer import ClipBPE, WordPiece, load_tokenizer, train_wordpiece
-from clipa_nb.toyworld import WORLDS, caption_text, lexicon, scenes
+from clipa_nb.toyworld import WORLDS, caption_text, scenes
+from clipa_nb.engine.writer import lexicon
 
 ROOT = Path(__file__).parents[1]
 BERT = ROOT.parent / 'shared/data/bert-base-uncased-vocab.txt'
