@@ -5,17 +5,11 @@ import numpy as np
 import pytest
 import torch
 from clipa_nb.core import UserError
-<<<<<<< HEAD
-from clipa_nb.toyworld import COLOURS, SHAPE_NAMES, SHIFTS, WORLDS, World, boxes, caption_text, captions, class_names, class_scenes, check_world, keys, labels, masks, pairs, questions, render, scenes, shifted
-from clipa_nb.engine.writer import LANGUAGES, lexicon
-from clipa_nb.engine.painter import glyph_masks
-=======
 from clipa_nb.toyworld import (COLOURS, FILLS, GROUNDS, LIMITS, SHADES, SHAPE_NAMES, SHIFTS, SPACING, WORLDS, World, boxes, caption_text,
                                captions, check_world, class_names, class_scenes, distinct, draws, facts, keys, labels, masks, pairs, pick, questions,
                                render, scenes, shifted)
 from clipa_nb.engine.painter import glyph_masks
 from clipa_nb.engine.writer import LANGUAGES, fact_keys, lexicon
->>>>>>> toy
 
 ARRAYS = ('index', 'count', 'kind', 'colour', 'fill', 'font', 'x', 'y', 'half', 'angle', 'axis', 'ground', 'dark', 'level', 'slope')
 hues, DEMO = list(COLOURS), World() # the demo's world, without glyphs
