@@ -196,13 +196,13 @@ def test_labels_that_nobody_needs_may_be_missing(toy, tmp_path):
     both = f'{toy}::{tmp_path}/unlabelled'
     b = batches(both, B=26, fields=('image', 'text'))
     assert all(x['valid'].all() and set(x) == {'image', 'text', 'draw', 'valid'} for x in loader(b, 0, 5)) and len(b.source) == 130
-    with pytest.raises(UserError, match="needs 'label', which .*unlabelled lacks: its samples have image, text$"): batches(tmp_path / 'unlabelled')
+    with pytest.raises(UserError, match="the field 'label' cannot be made: the samples of .*unlabelled lack 'label'; they have image, text$"): batches(tmp_path / 'unlabelled')
 
 
 def test_string_keys_stay_behind(tmp_path):
     write_shards(samples(4, key='000000001'), tmp_path / 'x')
     assert Shards(tmp_path / 'x').fields == ('image', 'text', 'label')
-    with pytest.raises(UserError, match="the field 'key' needs 'key', which"): batches(tmp_path / 'x', B=2, fields=('image', 'key'))
+    with pytest.raises(UserError, match="the field 'key' cannot be made"): batches(tmp_path / 'x', B=2, fields=('image', 'key'))
 
 
 class Sleepy(Source):
@@ -427,10 +427,10 @@ class Scene(Source):
 def test_what_the_first_samples_have():
     assert Scene().fields == Subset(Scene(), [3, 1]).fields == ('image', 'text', 'boxes', 'box_text', 'prompt', 'answer', 'lang', 'key')
     check_needs(('image', 'views', 'caption', 'boxes', 'n_boxes', 'box_text', 'prompt', 'answer', 'key', 'draw', 'valid'), Scene())
-    with pytest.raises(UserError, match="'label' needs 'label', which Scene lacks: its samples have image, text, boxes"): check_needs(('label',), Scene())
+    with pytest.raises(UserError, match="'label' cannot be made: the samples of Scene lack 'label'; they have image, text, boxes"): check_needs(('label',), Scene())
     with pytest.raises(UserError, match="nothing makes the field 'depth': known are image, .*makers"): check_needs(('depth',), Scene())
     check_needs(('depth',), Scene(), {'depth': lambda samples, batches, draw_b: draw_b})
-    with pytest.raises(UserError, match="'deep' needs 'depth', which Scene lacks"): check_needs(('deep',), Scene(), {'deep': looks_at('depth')(lambda *a: a)})
+    with pytest.raises(UserError, match="'deep' cannot be made: the samples of Scene lack 'depth'"): check_needs(('deep',), Scene(), {'deep': looks_at('depth')(lambda *a: a)})
 
 
 def test_nothing_readable_at_all():
