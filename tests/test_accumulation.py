@@ -1,5 +1,5 @@
 "Accumulation in chunks gives the gradient of one graph: any objective, dropped tokens, dropout, bf16, ranks; and bad input is refused."
-import contextlib, inspect, math, os
+import contextlib, inspect, math, os, signal, time
 import pytest, torch
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from clipa_nb.cost import Tower
 from clipa_nb.distributed_trainer import same_gradients, spawn
 from clipa_nb.infonce import Contrastive, Sigmoid
 from clipa_nb.optimization import make_optimizer
-from clipa_nb.trainer import Log, Task, TrainConfig, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, run_evals, set_rng_state, split, train_step
+from clipa_nb.trainer import Meter, Stopped, Task, TrainConfig, _zero_gradient, agree_to_stop, average, check_batch, check_row, clamp_temperature, device_of, due, first_pass, fit, forward_backward, interrupts, rng_state, run_evals, set_rng_state, split, split_together, train_step
 
 CHUNKS = [1, 2, 4, 7] # 14 samples: even, ragged, two at a time
 N = 14
@@ -161,16 +161,51 @@ def test_two_evaluations_never_share_a_key(other, says):
     else: assert run_evals(evals, model) == {'val/a': 1., 'val/b': 2.}
     assert model.training
 
-def test_a_log_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
-    "At a resume the log is written anew: a power cut must leave the old one or the new one."
-    done, fsync, replace = [], os.fsync, os.replace
-    Log(tmp_path / 'metrics.jsonl')(step=1)
-    before = (tmp_path / 'metrics.jsonl').read_text()
-    monkeypatch.setattr(os, 'fsync', lambda fd: (done.append(('on disk', os.fstat(fd).st_size)), fsync(fd)))
-    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(('replaced', os.stat(a).st_size)), replace(a, b)))
-    Log(tmp_path / 'metrics.jsonl', resume_at=1)
-    assert done == [('on disk', len(before)), ('replaced', len(before))]
-    assert (tmp_path / 'metrics.jsonl').read_text() == before # rows without a stage too
+def test_rows_that_stop_a_run():
+    good = {'train/loss': 1., 'train/grad_norm': 1.}
+    with pytest.raises(RuntimeError, match='step 7: train/loss not finite'): check_row({**good, 'train/loss': math.nan}, 7)
+    with pytest.raises(RuntimeError, match='between the two passes'): check_row({**good, 'train/replay_gap': 0.06}, 7)
+    assert check_row({**good, 'train/replay_gap': 0.01}, 7) is None
+
+def test_the_last_backward_pass_reaches_what_only_the_loss_used():
+    p = nn.Parameter(torch.tensor([1., math.inf])); p.grad = torch.tensor([5., 6.]); reached = []
+    p.register_hook(reached.append)
+    torch.autograd.backward(_zero_gradient([p]))
+    assert p.grad.tolist() == [5., 6.] and len(reached) == 1 and reached[0].tolist() == [0., 0.] and _zero_gradient([]) == []
+
+def test_meter_and_average():
+    meter = Meter()
+    with meter.waiting(): time.sleep(0.01)
+    meter.count(128); meter.count(128)
+    row = meter.row({'loss': torch.tensor(0.5)}, lr=1e-3)
+    assert list(row) == ['train/loss', 'train/lr', 'train/samples_per_second', 'train/data_time', 'train/batch_time']
+    assert (row['train/loss'], row['train/lr']) == (0.5, 1e-3) and row['train/data_time'] >= 0.005 and row['train/batch_time'] >= row['train/data_time']
+    assert (meter.samples, meter.steps, meter.waited) == (0, 0, 0.)
+    class Two(type(LOCAL)):
+        "A stand-in for two ranks that happen to hold the same numbers."
+        size = 2
+        def all_sum(self, x): return 2 * x
+    assert average({'loss': torch.tensor(0.5)}, Two()) == {'loss': torch.tensor(0.5)}
+
+def test_when_things_are_due():
+    assert [s for s in range(1, 11) if due(s, 3, s == 10)] == [3, 6, 9, 10] and [s for s in range(1, 11) if due(s, 0, s == 10)] == [10]
+
+def test_a_run_is_stopped_after_a_checkpoint_and_says_when_data_end():
+    kept, told = [], []
+    def run(**options):
+        task = Task(clip(), Contrastive()); kept.clear(); told.clear()
+        return fit(task, task, (batch_of(4) for _ in range(3)), make_optimizer(task.model, lr=1e-3, weight_decay=0.), TrainConfig(steps=3, log_every=2), save=kept.append, progress=lambda n, row: told.append(bool(row)), **options)
+    with pytest.raises(Stopped, match='SIGINT') as e: run(got=[signal.SIGINT])
+    assert kept == [1] and e.value.signum == signal.SIGINT and repr(e.value) == "Stopped('SIGINT')"
+    assert run() == 3 and kept == [3] and told == [False, True, True]
+    with pytest.raises(StopIteration): run(start=-1) # one batch too few: nothing is hidden
+    with interrupts() as got: os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)
+    assert got == [signal.SIGTERM] and agree_to_stop(got) == signal.SIGTERM and agree_to_stop([]) == 0
+
+def test_a_second_interrupt_is_immediate():
+    with pytest.raises(KeyboardInterrupt), interrupts() as got:
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)
+    assert got == [signal.SIGINT]
 
 def test_clamp_leaves_alone_what_is_not_its_own():
     model = clip(); model.logit_scale.data.fill_(6.); model.logit_scale.requires_grad_(False)
@@ -195,6 +230,12 @@ def test_bad_batches():
     scaled = Task(task.model, Scaled())
     with pytest.raises(UserError, match=r"feature 'scale' of a chunk of 3 samples is \(\)"): forward_backward(scaled, scaled, batch, chunks=2)
     with pytest.raises(UserError, match="feature 'scale'"): first_pass(scaled, split(batch, 2), device_of(batch))
+    class Long(Contrastive):
+        def features(self, model, batch): return {k: torch.cat([z, z]) for k, z in super().features(model, batch).items()}
+    long = Task(task.model, Long())
+    with pytest.raises(UserError, match=r"feature 'image' of a chunk of 3 samples is \(6, 8\)"): forward_backward(long, long, batch, chunks=2)
+    assert split_together(batch, 1)[0] is batch and check_batch(batch, 2) == 6
+    assert device_of(dict(prompt=['a'], image=torch.zeros(1, device='meta'))) == torch.device('meta') and device_of(dict(prompt=['a'])) == torch.device('cpu')
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device: its own generator must be kept too')
 def test_on_cuda():

@@ -1,10 +1,13 @@
 "One to four processes give the loss and the gradients of one; a step that goes round the wrapper is noticed; a rank that fails is named."
-import contextlib, multiprocessing, os, signal, socket, subprocess, sys, textwrap, threading, time, warnings
+import contextlib, multiprocessing, os, pickle, signal, socket, subprocess, sys, textwrap, threading, time, warnings
 import pytest, torch
+import torch.distributed as dist
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
-from clipa_nb.distributed_trainer import LAUNCH, RankError, connect, disconnect, fork_works, same_gradients, spawn, watch, whereabouts
+from clipa_nb.distributed_trainer import LAUNCH, Ranks, _join, _launched, connect, disconnect, is_main, peer_status, rank_device, same_gradients, say, spawn, watch
+from clipa_nb.engine.launch import RankError, _ByValue, _child, _collect, _open, fork_works
+from clipa_nb.engine.launch import spawn as launch_spawn
 from clipa_nb.infonce import Contrastive
 from clipa_nb.trainer import Task, forward_backward
 
@@ -47,10 +50,12 @@ def test_wrapped_step_gives_single_process_gradients(ranks):
             for n in want: torch.testing.assert_close(got[n], want[n], rtol=1e-10, atol=1e-13, msg=lambda m: f'{case}, {n}: {m}')
 
 def test_bypassed_wrapper_is_noticed():
-    with pytest.raises(UserError, match='gradients differ between ranks in 5 of 5 parameters'): spawn(step, 2, 'plain', 1, True)
+    with pytest.raises(RuntimeError, match='gradients differ between ranks in 5 of 5 parameters') as told: spawn(step, 2, 'plain', 1, True)
+    assert not isinstance(told.value, UserError), 'it is no mistake of the user'
+    assert same_gradients(Pair()) is None # one process has nobody to compare with
 
 def test_no_sync_leaves_gradients_apart():
-    with pytest.raises(UserError, match='gradients differ between ranks'): spawn(step, 2, 'plain', 1, False, False)
+    with pytest.raises(RuntimeError, match='gradients differ between ranks'): spawn(step, 2, 'plain', 1, False, False)
 
 @pytest.mark.parametrize('chunks', [1, 2])
 def test_uneven_batches_are_refused_on_every_rank(chunks):
@@ -99,6 +104,23 @@ def test_collectives_take_every_type():
         for got, other, right in zip(a[kind], b[kind], want):
             assert got.dtype == kind and torch.equal(got, right) and torch.equal(other, right), kind
 
+def test_the_comm_says_who_it_is():
+    comm = Ranks(1, 2)
+    assert (comm.rank, comm.size, repr(comm), issubclass(RankError, RuntimeError)) == (1, 2, 'Ranks(1 of 2)', True)
+    assert all(name in vars(Ranks) for name in ('gather', 'reduce_scatter', 'all_sum', 'all_max', 'wrap', 'no_sync', 'post_message'))
+
+def test_gather_keeps_the_order_of_the_ranks_and_sums_what_they_ask():
+    assert spawn(lambda comm: comm.gather(torch.tensor([comm.rank])).tolist(), 3) == [[0, 1, 2]] * 3
+    def weighed(comm):
+        x_b = torch.tensor([[1., 2.], [3., 4.]][comm.rank], requires_grad=True)
+        (comm.gather(x_b) * (comm.rank + 1)).sum().backward()
+        return x_b.grad.tolist()
+    assert spawn(weighed, 2) == [[3., 3.]] * 2
+
+def test_nothing_to_train_is_not_wrapped():
+    assert spawn(lambda comm: type(comm.wrap(nn.Identity())).__name__, 1) == ['Identity']
+    assert isinstance(Ranks(0, 2).wrap(nn.Identity()), nn.Identity)
+
 def gathered(comm, kind):
     "Loss and gradient of a function of all rows and of one's own."
     g = torch.Generator().manual_seed(0)
@@ -143,6 +165,75 @@ def test_nccl(tmp_path):
     assert job.stdout.count('fine') == n
 
 # --- starting ranks
+
+def child(fn, *args, connect=None):
+    "The answer of one child of `spawn`."
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context('fork').Process(target=_child, args=(fn, args, connect, 0, 1, None, 60, theirs))
+    with warnings.catch_warnings(): warnings.simplefilter('ignore', DeprecationWarning); process.start()
+    answer = pickle.loads(ours.recv_bytes()); ours.send_bytes(b'bye'); process.join()
+    return answer
+
+def refuse(comm): raise UserError('no such recipe')
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs forked processes')
+def test_a_child_answers_with_what_happened():
+    assert child(lambda comm, word: word * 2, 'ho') == ('ok', 'hoho', '')
+    assert child(lambda comm: print('seen')) == ('ok', None, 'seen\n')
+    assert child(refuse) == ('user', 'no such recipe', '')
+    kind, text, _ = child(lambda comm: 1 / 0)
+    assert kind == 'failed' and 'ZeroDivisionError' in text
+    kind, text, _ = child(lambda comm: lambda: 0) # what cannot be sent
+    assert kind == 'failed' and 'pickle' in text
+
+def test_the_parent_opens_an_answer():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send_bytes(pickle.dumps(('ok', 7, 'hello'))); assert _open(0, ours) == (7, 'hello')
+    theirs.send_bytes(pickle.dumps(('failed', 'Traceback …', '')))
+    with pytest.raises(RankError, match='rank 1 failed\nTraceback …'): _open(1, ours)
+    theirs.send_bytes(pickle.dumps(('user', 'no such recipe', '')))
+    with pytest.raises(UserError, match='rank 1: no such recipe'): _open(1, ours)
+    theirs.close()
+    with pytest.raises(RankError, match='rank 2 died without a word'): _open(2, ours)
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs forked processes')
+def test_the_parent_watches_the_clock_and_the_processes():
+    ours, theirs = multiprocessing.Pipe()
+    sleeper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(5,), daemon=True)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore', DeprecationWarning); sleeper.start()
+    with pytest.raises(RankError, match='did not finish within 0.1 s'): _collect([sleeper], [ours], 0.1)
+    sleeper.kill(); sleeper.join()
+    with pytest.raises(RankError, match='rank 0 died without a word'): _collect([sleeper], [ours], 5)
+    theirs.send_bytes(pickle.dumps(('ok', 7, ''))); assert _collect([sleeper], [ours], 5) == [(7, '')]
+
+def test_functions_travel_by_value():
+    pytest.importorskip('cloudpickle', reason='functions travel to fresh processes by value: extra [dev]')
+    k = 3
+    assert pickle.loads(pickle.dumps(_ByValue(lambda x: k * x)))(2) == 6
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs forked processes')
+def test_launch_is_handed_what_connects():
+    "The engine knows no process group: whatever `connect` returns is the comm, and one rank is never connected."
+    def connect(rank, size, device, timeout, init): return rank, size, str(device), timeout, init.startswith('file://')
+    assert launch_spawn(lambda comm: comm, 2, connect=connect, timeout=30., method='fork') == [(r, 2, 'cpu', 15., True) for r in (0, 1)]
+    assert launch_spawn(lambda comm: comm.size, 1, connect=None, method='fork') == [1]
+
+def test_joining_and_leaving(tmp_path):
+    assert repr(_join(0, 1, torch.device('cpu'), 60, f'file://{tmp_path}/alone')) == 'Ranks(0 of 1)' and dist.is_initialized()
+    disconnect(); assert not dist.is_initialized()
+    disconnect() # to leave twice is no mistake
+    with pytest.raises(RankError, match=r'ranks \[1\] did not come'): _join(0, 2, torch.device('cpu'), 1, f'file://{tmp_path}/two')
+
+def test_rank_0_is_the_main_one(capsys):
+    assert is_main(LOCAL) and spawn(lambda comm: is_main(comm), 3) == [True, False, False]
+    say(LOCAL, 'one', 'process'); assert capsys.readouterr().out == 'one process\n'
+    assert spawn(lambda comm: say(comm, 'printed once'), 2) == [None, None] and capsys.readouterr().out == '[rank 0] printed once\n'
+
+def test_devices_are_dealt_out(monkeypatch):
+    for launched in (False, True):
+        if launched: monkeypatch.setenv('LOCAL_RANK', '0')
+        assert rank_device('cpu') == torch.device('cpu') and rank_device('auto').type in ('cpu', 'cuda', 'mps')
+        with pytest.raises(UserError, match='unknown device'): rank_device('gpu')
 
 def learn(comm):
     "Something of everything: printing, a collective, a wrapped module, a result that refers to the function's surroundings."
@@ -206,14 +297,28 @@ def test_a_rank_that_stays_away_is_named():
         return comm.gather(torch.ones(1))
     with pytest.raises(RankError, match=r'(?s)rank [02] waited in gather, its call 1: rank 1 left no word: it is busy elsewhere, or was killed'): spawn(away, 3, timeout=16)
 
+def test_a_message_can_be_read_by_the_others():
+    def notes(comm):
+        if comm.rank == 1: comm.post_message('ran out of disk')
+        while not comm.store.check(['message 1']): time.sleep(0.01)
+        return comm.store.get('message 1').decode()
+    assert spawn(notes, 2) == ['ran out of disk'] * 2
+    def three(comm):
+        text = ['waited in all_sum', 'waited in all_sum', 'stopped with UserError: no captions'][comm.rank]
+        if comm.rank: comm.post_message(text)
+        time.sleep(0.2)
+        return peer_status(comm, text)
+    assert spawn(three, 3)[0] == 'rank 2 stopped with UserError: no captions; 1 other waited in the same call'
+    assert peer_status(LOCAL) == ''
+
 def test_ranks_in_different_calls_are_told_apart():
     def elsewhere(comm):
-        if comm.rank == 0: comm.leave_word('waited in all_sum, its call 3')
-        return whereabouts(comm, 'waited in all_max, its call 3') if comm.rank else ''
+        if comm.rank == 0: comm.post_message('waited in all_sum, its call 3')
+        return peer_status(comm, 'waited in all_max, its call 3') if comm.rank else ''
     assert spawn(elsewhere, 2)[1] == 'rank 0 waited in all_sum, its call 3'
     def together(comm):
-        comm.leave_word('waited in gather, its call 1')
-        return whereabouts(comm, 'waited in gather, its call 1')
+        comm.post_message('waited in gather, its call 1')
+        return peer_status(comm, 'waited in gather, its call 1')
     assert spawn(together, 3) == ['2 others waited in the same call'] * 3
 
 def test_a_rank_that_raises_is_named_in_the_wrappers_average():
@@ -279,6 +384,11 @@ def test_environments_that_cannot_be(monkeypatch, env, message):
     assert connect() is LOCAL
     for k, v in env.items(): monkeypatch.setenv(k, v)
     with pytest.raises(UserError, match=message): connect()
+
+def test_launched_or_not():
+    whole = dict(zip(LAUNCH, ('1', '2', '1', 'localhost', '29500')))
+    assert (_launched({}), _launched({'MASTER_PORT': '1'}), _launched(whole)) == (False, False, True)
+    with pytest.raises(UserError, match='WORLD_SIZE=two: expected numbers'): _launched({**whole, 'WORLD_SIZE': 'two'})
 
 def test_torchrun(tmp_path):
     (tmp_path / 'job.py').write_text(textwrap.dedent('''
