@@ -33,11 +33,16 @@ class Size(Config):
     patch: int      # pixels along a patch's side
 
 # %% ../nbs/03_cost.ipynb #c011
-_text_h = Tower(1024, 24, 16, 4096); _text_g = Tower(1280, 32, 20, 5120); _image_l = Tower(1024, 24, 16, 4096)
-_b = (Tower(768, 12, 12, 3072), Tower(512, 12, 8, 2048), 512); _l = (_image_l, Tower(768, 12, 12, 3072), 768)
+_b = (Tower(768, 12, 12, 3072), Tower(512, 12, 8, 2048), 512)
+_l = (Tower(1024, 24, 16, 4096), Tower(768, 12, 12, 3072), 768)
+_text_h = Tower(1024, 24, 16, 4096)
+_text_g = Tower(1280, 32, 20, 5120)
 SIZES = {s.name: s for s in (
     Size('S/16', Tower(384, 12, 6, 1536), Tower(384, 12, 6, 1536), 384, 16),
-    Size('B/16', *_b, 16), Size('B/32', *_b, 32), Size('L/16', *_l, 16), Size('L/14', *_l, 14),
+    Size('B/16', *_b, 16),
+    Size('B/32', *_b, 32),
+    Size('L/16', *_l, 16),
+    Size('L/14', *_l, 14),
     Size('H/14', Tower(1280, 32, 16, 5120), _text_h, 1024, 14),
     Size('g/14', Tower(1408, 40, 16, 6144), _text_g, 1280, 14),
     Size('bigG/14', Tower(1664, 48, 16, 8192), _text_g, 1280, 14))}
@@ -45,9 +50,11 @@ SIZES = {s.name: s for s in (
 # %% ../nbs/03_cost.ipynb #c014
 def _n_patches(image_size: int, patch: int) -> int:
     "Patches of a square image; raises `UserError` where they do not fill it."
-    if image_size < 1 or patch < 1: raise UserError(f'image size {image_size} and patch {patch}: expected positive numbers of pixels')
+    if image_size < 1 or patch < 1:
+        raise UserError(f'image size {image_size} and patch {patch}: expected positive numbers of pixels')
     side = image_size // patch
-    if image_size % patch or not side: raise UserError(f'image size {image_size} is not divisible by patch {patch}: use {max(1, side) * patch}')
+    if image_size % patch or not side:
+        raise UserError(f'image size {image_size} is not divisible by patch {patch}: use {max(1, side) * patch}')
     return side ** 2
 
 # %% ../nbs/03_cost.ipynb #c017
@@ -60,7 +67,8 @@ def n_tokens(
     "Tokens the image tower's layers see."
     patches = _n_patches(image_size, patch)
     kept = int(patches * (1 - ratio)) if 0 <= ratio < 1 else 0
-    if not kept: raise UserError(f'dropping a share of {ratio} of {patches} patches leaves none: use a ratio in [0, 1)')
+    if not kept:
+        raise UserError(f'dropping a share of {ratio} of {patches} patches leaves none: use a ratio in [0, 1)')
     return kept + cls
 
 # %% ../nbs/03_cost.ipynb #c022
@@ -81,7 +89,8 @@ def pair_flops(
 ) -> dict: # FLOPs of one forward pass: 'embed', 'image', 'text' and their sum 'total'
     "Forward cost of one image–text pair."
     patches = (image_size // size.patch) ** 2 if image_size else image_tokens
-    parts = dict(embed=2 * patches * 3 * size.patch ** 2 * size.image.width, image=tower_flops(size.image, image_tokens), text=tower_flops(size.text, text_tokens))
+    embed = 2 * patches * 3 * size.patch ** 2 * size.image.width
+    parts = dict(embed=embed, image=tower_flops(size.image, image_tokens), text=tower_flops(size.text, text_tokens))
     return dict(parts, total=sum(parts.values()))
 
 # %% ../nbs/03_cost.ipynb #c034
@@ -99,7 +108,8 @@ def train_flops(
     "Cost of one training sample: forward, backward and its row of the similarity matrix."
     if checkpointing not in CHECKPOINTING: raise unknown('checkpointing', checkpointing, CHECKPOINTING)
     p = pair_flops(size, image_tokens, text_tokens, image_size)
-    return 3 * p['total'] + (p['image'] + p['text']) * (checkpointing == 'full') + LOSS['one process'] * batch * size.embed_dim
+    again = p['image'] + p['text'] if checkpointing == 'full' else 0
+    return 3 * p['total'] + again + LOSS['one process'] * batch * size.embed_dim
 
 # %% ../nbs/03_cost.ipynb #c037
 def tower_parameters(
@@ -120,8 +130,9 @@ def parameters(
 ) -> dict: # 'image', 'text' and 'total' (with the temperature)
     "Parameters in closed form."
     d, t, e = size.image.width, size.text.width, size.embed_dim
-    image = tower_parameters(size.image) + 3 * size.patch ** 2 * d + (cls + positions) * d + 2 * d * (1 + pre_norm) + d * e
-    text = tower_parameters(size.text) + (vocab + context) * t + 2 * t + t * e
+    around_image = 3 * size.patch ** 2 * d + (cls + positions) * d + 2 * d * (1 + pre_norm) + d * e
+    around_text = (vocab + context) * t + 2 * t + t * e
+    image, text = tower_parameters(size.image) + around_image, tower_parameters(size.text) + around_text
     return dict(image=image, text=text, total=image + text + 1)
 
 # %% ../nbs/03_cost.ipynb #c044
@@ -129,15 +140,17 @@ def activation_bytes(
     tower: Tower, # width, depth and MLP
     n: int,       # tokens its layers see
     precision: str = 'amp_bf16', # or 'fp32'
-    checkpointing: str = 'none', # what each layer keeps: 'full' its input, 'selective' also its large products; then one layer at a time in full
+    checkpointing: str = 'none', # 'full' keeps each layer's input, 'selective' also its large products
 ) -> int: # bytes a sample, with an attention that stores no N × N matrix; raises `UserError` for another name
     "What one sample's forward pass keeps for backward."
     if precision not in PRECISIONS[1:]: raise unknown('precision', precision, PRECISIONS[1:])
     if checkpointing not in CHECKPOINTING: raise unknown('checkpointing', checkpointing, CHECKPOINTING)
     w = 2 if precision == 'amp_bf16' else 4
-    layer = n * ((6 * w + 8) * tower.width + 2 * w * tower.mlp)
-    kept = dict(none=0, full=4 * n * tower.width, selective=n * ((4 + 5 * w) * tower.width + w * tower.mlp))[checkpointing]
-    return tower.depth * kept + layer if kept else tower.depth * layer
+    d, h = tower.width, tower.mlp
+    layer = n * ((6 * w + 8) * d + 2 * w * h)
+    if checkpointing == 'none': return tower.depth * layer
+    kept = 4 * n * d if checkpointing == 'full' else n * ((4 + 5 * w) * d + w * h)
+    return tower.depth * kept + layer # one layer at a time is there in full
 
 # %% ../nbs/03_cost.ipynb #c048
 def memory(
@@ -152,11 +165,17 @@ def memory(
     **counts,          # vocab, context, positions, …: see `parameters`
 ) -> dict: # bytes on one device: 'weights', 'gradients', 'moments', 'activations', 'logits', 'total'
     "Memory of a training step on one device, weights replicated."
-    n = parameters(size, **counts)['total']; seen = (precision, checkpointing)
-    side = (min(tile, batch), min(tile, batch * ranks)) if tile else (batch, batch * ranks)
-    parts = dict(weights=n * (6 if precision == 'amp_bf16' else 4), gradients=4 * n, moments=8 * n,
-                 activations=batch * (activation_bytes(size.image, image_tokens, *seen) + activation_bytes(size.text, text_tokens, *seen)),
-                 logits=4 * 4 * side[0] * side[1])
+    n = parameters(size, **counts)['total']
+    image = activation_bytes(size.image, image_tokens, precision, checkpointing)
+    text = activation_bytes(size.text, text_tokens, precision, checkpointing)
+    rows, columns = batch, batch * ranks
+    if tile: rows, columns = min(tile, rows), min(tile, columns)
+    parts = dict(
+        weights=n * (6 if precision == 'amp_bf16' else 4),
+        gradients=4 * n,
+        moments=8 * n,
+        activations=batch * (image + text),
+        logits=4 * 4 * rows * columns)
     return dict(parts, total=sum(parts.values()))
 
 # %% ../nbs/03_cost.ipynb #c052
@@ -171,10 +190,18 @@ def measure_flops(
     side: int = 0,          # of the matrices; 0: 4,096 on a GPU, 768 on a CPU
 ) -> float: # FLOP/s reached by large matrix products: an upper bound for training
     "The matrix-product rate of a device, measured now."
-    n, wait = side or (4096 if device.type == 'cuda' else 768), torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
+    n = side or (4096 if device.type == 'cuda' else 768)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == 'amp_bf16' else torch.float32)
-    a @ a; wait(); count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds: a @ a; wait(); count += 1
+
+    def multiply():
+        a @ a
+        if device.type == 'cuda': torch.cuda.synchronize()
+
+    multiply() # the first call chooses a kernel
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        multiply()
+        count += 1
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
 # %% ../nbs/03_cost.ipynb #c057
@@ -184,7 +211,8 @@ def hours(
     mfu: float = 1.0,        # share of that rate that training reaches
 ) -> float: # hours of one device; raises `UserError` for a share that is none
     "Device hours for an amount of work."
-    if not 0 < mfu <= 1: raise UserError(f'mfu {mfu}: expected a share of the peak, 0 < mfu ≤ 1, such as 0.4')
+    if not 0 < mfu <= 1:
+        raise UserError(f'mfu {mfu}: expected a share of the peak, 0 < mfu ≤ 1, such as 0.4')
     return flops / (flops_per_second * mfu) / 3600
 
 # %% ../nbs/03_cost.ipynb #c060
@@ -223,6 +251,16 @@ def plan(
     "What a training stage will take."
     each = train_flops(size, image_tokens, text_tokens, image_size, batch, checkpointing)
     total = each * batch * steps
-    held = memory(size, image_tokens, text_tokens, -(-batch // ranks), ranks, checkpointing=checkpointing, **held)
-    return dict(image_tokens=image_tokens, text_tokens=text_tokens, batch=batch, steps=steps, samples=batch * steps, flops_per_sample=each, flops=total,
-                memory_bytes=held['total'], seconds=3600 * hours(total, flops_per_second * ranks, mfu) if flops_per_second else None)
+    share = -(-batch // ranks)
+    held = memory(size, image_tokens, text_tokens, share, ranks, checkpointing=checkpointing, **held)
+    seconds = 3600 * hours(total, flops_per_second * ranks, mfu) if flops_per_second else None
+    return dict(
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        batch=batch,
+        steps=steps,
+        samples=batch * steps,
+        flops_per_sample=each,
+        flops=total,
+        memory_bytes=held['total'],
+        seconds=seconds)

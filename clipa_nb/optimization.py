@@ -31,12 +31,13 @@ def warmup_cosine(
     shift: int = 0, # 0: step 0 has rate 0, as in CLIPA's JAX code; 1: the rise is counted from 1, as in its torch code
 ) -> float: # rate of this step
     "Linear warm-up, then half a cosine."
-    if not 0 <= warmup <= total: raise UserError(f'a warm-up of {warmup} steps in a stage of {total}: use 0 to {total}')
+    if not 0 <= warmup <= total:
+        raise UserError(f'a warm-up of {warmup} steps in a stage of {total}: use 0 to {total}')
     rise = min(1., (step + shift) / warmup) if warmup else 1.
     done = min(1., max(0., (step - warmup) / max(1, total - warmup)))
     return rise * (floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2)
 
-# %% ../nbs/12_optimization.ipynb #c021
+# %% ../nbs/12_optimization.ipynb #c023
 def is_kernel(
     owner: nn.Module, # the module that owns the parameter
     leaf: str,        # its name there, such as 'weight'
@@ -46,7 +47,7 @@ def is_kernel(
     table = isinstance(owner, nn.Embedding) or 'position' in type(owner).__name__.lower()
     return p.ndim >= 2 and not table and not any(word in leaf.lower() for word in ('pos', 'class', 'cls', 'token', 'embedding'))
 
-# %% ../nbs/12_optimization.ipynb #c024
+# %% ../nbs/12_optimization.ipynb #c026
 def is_matrix(
     owner: nn.Module, # not looked at
     leaf: str,        # not looked at
@@ -57,7 +58,7 @@ def is_matrix(
 
 DECAYS = {'kernels': is_kernel, 'matrices': is_matrix}
 
-# %% ../nbs/12_optimization.ipynb #c027
+# %% ../nbs/12_optimization.ipynb #c029
 def setting(
     name: str, # of a parameter, such as 'visual.fc.weight'
     rules,     # ordered pairs (pattern, number | 'frozen' | 'decay' | 'no_decay')
@@ -68,7 +69,7 @@ def setting(
     decays = [v == 'decay' for v in said if v in ('decay', 'no_decay')]
     return next(iter(rates), None), next(iter(decays), None)
 
-# %% ../nbs/12_optimization.ipynb #c030
+# %% ../nbs/12_optimization.ipynb #c032
 def check_rules(
     names: list, # of the model's parameters
     rules, # as in `setting`; raises `UserError` for a pattern that matches nothing and for an unknown wish
@@ -76,10 +77,11 @@ def check_rules(
     "Refuse rules that cannot be meant."
     for pattern, value in rules:
         if not isinstance(value, (int, float)) and value not in ('frozen', 'decay', 'no_decay'):
-            raise UserError(f"rule {pattern!r} asks for {value!r}: use a multiple of the learning rate, 'frozen', 'decay' or 'no_decay'")
+            wishes = "a multiple of the learning rate, 'frozen', 'decay' or 'no_decay'"
+            raise UserError(f'rule {pattern!r} asks for {value!r}: use {wishes}')
         if not any(fnmatchcase(n, pattern) for n in names): raise unknown('parameter pattern', pattern, names)
 
-# %% ../nbs/12_optimization.ipynb #c033
+# %% ../nbs/12_optimization.ipynb #c035
 def param_groups(
     model: nn.Module, # frozen parameters lose `requires_grad`
     lr: float, # what multiples are multiples of
@@ -89,29 +91,36 @@ def param_groups(
 ) -> list: # of dictionaries for an optimiser, with 'lr_multiple' and 'names' besides
     "Parameters, grouped by learning rate and decay."
     if decay not in DECAYS: raise unknown('decay rule', decay, DECAYS)
-    check_rules([n for n, _ in model.named_parameters()], rules := list(rules))
+    rules = list(rules)
+    check_rules([n for n, _ in model.named_parameters()], rules)
     groups = {}
     for name, p in model.named_parameters():
         multiple, decays = setting(name, rules)
         if multiple == 'frozen': p.requires_grad_(False)
         if not p.requires_grad: continue
-        multiple, (path, _, leaf) = 1. if multiple is None else float(multiple), name.rpartition('.')
+        multiple = 1. if multiple is None else float(multiple)
+        path, _, leaf = name.rpartition('.')
         if decays is None: decays = DECAYS[decay](model.get_submodule(path), leaf, p)
-        group = groups.setdefault((multiple, decays), dict(params=[], names=[], lr=lr * multiple, lr_multiple=multiple, weight_decay=weight_decay * decays))
-        group['params'].append(p); group['names'].append(name)
+        fresh = dict(params=[], names=[], lr=lr * multiple, lr_multiple=multiple, weight_decay=weight_decay * decays)
+        group = groups.setdefault((multiple, decays), fresh)
+        group['params'].append(p)
+        group['names'].append(name)
     return list(groups.values())
 
-# %% ../nbs/12_optimization.ipynb #c039
+# %% ../nbs/12_optimization.ipynb #c041
 def fused_works(
     device, # where the parameters are
 ) -> bool: # True where AdamW has a fused kernel
     "Take one fused step with one number."
-    p = nn.Parameter(torch.ones(1, device=device)); p.grad = torch.ones_like(p)
-    try: torch.optim.AdamW([p], fused=True).step()
-    except (RuntimeError, NotImplementedError, ValueError): return False
+    p = nn.Parameter(torch.ones(1, device=device))
+    p.grad = torch.ones_like(p)
+    try:
+        torch.optim.AdamW([p], fused=True).step()
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
     return True
 
-# %% ../nbs/12_optimization.ipynb #c042
+# %% ../nbs/12_optimization.ipynb #c044
 def make_optimizer(
     model: nn.Module, # its frozen parameters lose `requires_grad`
     lr: float, # peak rate
@@ -123,11 +132,12 @@ def make_optimizer(
 ) -> torch.optim.AdamW: # raises `UserError` where everything is frozen
     "AdamW over the model's groups, fused where the device can."
     groups = param_groups(model, lr, weight_decay, rules, decay)
-    if not groups: raise UserError("every parameter is frozen, so nothing is left to train: remove a 'frozen' rule")
+    if not groups:
+        raise UserError("every parameter is frozen, so nothing is left to train: remove a 'frozen' rule")
     fused = all(fused_works(device) for device in {p.device for g in groups for p in g['params']})
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
-# %% ../nbs/12_optimization.ipynb #c045
+# %% ../nbs/12_optimization.ipynb #c047
 def set_lr(
     optimizer: torch.optim.Optimizer, # of `make_optimizer`, or any other
     lr: float, # rate of this step; each group takes its multiple of it

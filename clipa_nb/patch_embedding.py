@@ -10,14 +10,15 @@ __all__ = ['FORMS', 'grid_of', 'tokens', 'patchify', 'PatchEmbed', 'ClassToken',
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from .core import UserError, unknown
 
-# %% ../nbs/04_patch_embedding.ipynb #c011
+# %% ../nbs/04_patch_embedding.ipynb #c013
 def _fitting(size, patch):
     "The nearest sizes that a patch divides, in words."
-    return ' or '.join(str(n * patch) for n in sorted({max(1, size // patch), max(1, -(-size // patch))}))
+    nearest = {max(1, size // patch), max(1, -(-size // patch))}
+    return ' or '.join(str(n * patch) for n in sorted(nearest))
 
-# %% ../nbs/04_patch_embedding.ipynb #c014
 def grid_of(
     height: int, # pixels
     width: int,  # pixels
@@ -26,35 +27,39 @@ def grid_of(
     "How many patches a picture is cut into."
     if patch < 1: raise UserError(f'found a patch of {patch} pixels, expected 1 or more')
     if min(height, width) < patch or height % patch or width % patch:
-        raise UserError(f'image size {height}×{width} is not divisible by patch {patch}: use {_fitting(height, patch)} pixels for the height, {_fitting(width, patch)} for the width')
+        raise UserError(f'image size {height}×{width} is not divisible by patch {patch}: '
+                        f'use {_fitting(height, patch)} pixels for the height, {_fitting(width, patch)} for the width')
     return height // patch, width // patch
 
-# %% ../nbs/04_patch_embedding.ipynb #c017
 def tokens(
     image_size, # pixels: a side, or (height, width)
     patch: int, # pixels along a patch's side
     cls: bool = True, # is there a class token?
 ) -> int: # raises `UserError` where the size does not fit
     "Tokens of a picture."
-    h, w = grid_of(*(image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2), patch)
+    height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    h, w = grid_of(height, width, patch)
     return h * w + bool(cls)
 
-# %% ../nbs/04_patch_embedding.ipynb #c025
+# %% ../nbs/04_patch_embedding.ipynb #c019
 def patchify(
     x_BCHW: torch.Tensor, # pixels, any dtype
     p: int, # pixels along a patch's side
 ) -> torch.Tensor: # [B,N,P]: patches row-major, values of a patch by colour, row, column
     "Cut pictures into rows of pixels."
-    (B, C), (h, w) = x_BCHW.shape[:2], grid_of(*x_BCHW.shape[2:], p)
-    return x_BCHW.reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * p * p)
+    grid_of(*x_BCHW.shape[2:], p) # refuses what does not come out even
+    return rearrange(x_BCHW, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
 
-# %% ../nbs/04_patch_embedding.ipynb #c028
+# %% ../nbs/04_patch_embedding.ipynb #c023
 def _check_pixels(image_BCHW):
     "Refuse what is no batch of normalised colour pictures."
-    if image_BCHW.ndim != 4 or image_BCHW.shape[1] != 3: raise UserError(f'found pixels of shape {tuple(image_BCHW.shape)}, expected [B,3,H,W]: add a batch axis, or convert the images to RGB')
-    if not image_BCHW.is_floating_point(): raise UserError(f'found pixels of type {image_BCHW.dtype}, expected floats: normalise them first, as `CLIP.encode_image` does')
+    if image_BCHW.ndim != 4 or image_BCHW.shape[1] != 3:
+        raise UserError(f'found pixels of shape {tuple(image_BCHW.shape)}, expected [B,3,H,W]: '
+                        'add a batch axis, or convert the images to RGB')
+    if not image_BCHW.is_floating_point():
+        raise UserError(f'found pixels of type {image_BCHW.dtype}, expected floats: '
+                        'normalise them first, as `CLIP.encode_image` does')
 
-# %% ../nbs/04_patch_embedding.ipynb #c031
 class PatchEmbed(nn.Module):
     "Pixels to tokens: the weight of a convolution, applied as a matrix product."
     def __init__(self,
@@ -64,19 +69,21 @@ class PatchEmbed(nn.Module):
     ):
         super().__init__()
         grid_of(patch, patch, patch) # a wrong patch is found now, not in the first step
-        self.patch, std = patch, (3 * patch**2)**-0.5
+        self.patch = patch
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch)) # the published layout
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        std = (3 * patch**2)**-0.5
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, image_BCHW):
         _check_pixels(image_BCHW)
         x_BNP = patchify(image_BCHW, self.patch)
-        return F.linear(x_BNP, self.weight.flatten(1), self.bias), grid_of(*image_BCHW.shape[2:], self.patch)
+        w_DP = rearrange(self.weight, 'd c p q -> d (c p q)')
+        return F.linear(x_BNP, w_DP, self.bias), grid_of(*image_BCHW.shape[2:], self.patch)
 
     def extra_repr(self): return f'width={len(self.weight)}, patch={self.patch}, bias={self.bias is not None}'
 
-# %% ../nbs/04_patch_embedding.ipynb #c037
+# %% ../nbs/04_patch_embedding.ipynb #c027
 class ClassToken(nn.Module):
     "Put one learned token in front of the patches."
     def __init__(self,
@@ -85,19 +92,16 @@ class ClassToken(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x_BND): return torch.cat([self.token.to(x_BND.dtype).expand(len(x_BND), 1, -1), x_BND], 1)
+    def forward(self, x_BND):
+        token_B1D = self.token.to(x_BND.dtype).expand(len(x_BND), 1, -1)
+        return torch.cat([token_B1D, x_BND], 1)
 
-# %% ../nbs/04_patch_embedding.ipynb #c042
-FORMS = {'moco': lambda q: max(q - 1, 1), 'mae': lambda q: q} # the divisor of the exponent
+# %% ../nbs/04_patch_embedding.ipynb #c032
+def _moco_divisor(q): return max(q - 1, 1)
+def _mae_divisor(q): return q
 
-# %% ../nbs/04_patch_embedding.ipynb #c045
-def _sides(grid):
-    "(h, w) of a grid; `UserError` where it is empty."
-    h, w = grid
-    if h < 1 or w < 1: raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: use a larger image or a smaller patch')
-    return h, w
+FORMS = dict(moco=_moco_divisor, mae=_mae_divisor) # the divisor of the exponent
 
-# %% ../nbs/04_patch_embedding.ipynb #c048
 def speeds(
     width: int, # D, divisible by 4
     form: str = 'moco', # 'moco' or 'mae'
@@ -105,31 +109,39 @@ def speeds(
 ) -> torch.Tensor: # [D/4], float64 (float32 on a device that has no more)
     "The angular speeds of the sin-cos positions, from 1 down to about 1/10000."
     if form not in FORMS: raise unknown('form of sin-cos positions', form, FORMS)
-    if width < 4 or width % 4: raise UserError(f'sin-cos positions of width {width}: expected a multiple of 4, use {_fitting(width, 4)}')
+    if width < 4 or width % 4:
+        raise UserError(f'sin-cos positions of width {width}: expected a multiple of 4, use {_fitting(width, 4)}')
     dtype = torch.float32 if torch.device(device).type == 'mps' else torch.float64
     return 10_000.0 ** -(torch.arange(width // 4, dtype=dtype, device=device) / FORMS[form](width // 4))
 
-# %% ../nbs/04_patch_embedding.ipynb #c051
 def waves(n, width, form, device):
     "[n, D/2]: the sines, then the cosines, of n coordinates."
     angle = torch.arange(n, device=device)[:, None] * speeds(width, form, device)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/04_patch_embedding.ipynb #c054
+def _sides(grid):
+    "(h, w) of a grid; `UserError` where it is empty: an empty table would broadcast and raise nothing."
+    h, w = grid
+    if h < 1 or w < 1:
+        raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: use a larger image or a smaller patch')
+    return h, w
+
 def sincos(
     grid: tuple, # (h, w), rows and columns of patches
     width: int,  # D, divisible by 4
     form: str = 'moco', # 'moco' (CLIPA-v2) or 'mae' (CLIPA-v1)
     cls: int = False, # zero rows in front, for a class token or several prefix tokens
     device='cpu', # where to compute it
-) -> torch.Tensor: # [cls + N, D], float64 (float32 on a device that has no more); raises `UserError` for an empty grid, and for a width or form that does not exist
+) -> torch.Tensor: # [cls + N, D], float64 (float32 where there is no more); raises `UserError` for an empty grid, a wrong width or form
     "Fixed positions of a grid of patches."
     (h, w), half = _sides(grid), width // 2
-    x_wF, y_hF = waves(w, width, form, device), waves(h, width, form, device)
-    table_ND = torch.cat([x_wF[None].expand(h, w, half), y_hF[:, None].expand(h, w, half)], 2).reshape(h * w, width)
+    x_wF = waves(w, width, form, device)
+    y_hF = waves(h, width, form, device)
+    table_hwD = torch.cat([x_wF[None].expand(h, w, half), y_hF[:, None].expand(h, w, half)], 2)
+    table_ND = rearrange(table_hwD, 'h w d -> (h w) d')
     return torch.cat([table_ND.new_zeros(int(cls), width), table_ND])
 
-# %% ../nbs/04_patch_embedding.ipynb #c066
+# %% ../nbs/04_patch_embedding.ipynb #c044
 class SinCos(nn.Module):
     "Fixed sin-cos positions, computed once for each grid."
     def __init__(self,
@@ -139,24 +151,27 @@ class SinCos(nn.Module):
     ):
         super().__init__()
         speeds(width, form) # a wrong width or form is found now, not in the first step
-        self.width, self.form, self.n_prefix, self._made = width, form, n_prefix, {}
+        self.width, self.form, self.n_prefix = width, form, n_prefix
+        self._made = {} # (grid, device, dtype) → (table, its version), the sixteen made last
 
-    def table(self, grid, device, dtype): return sincos(grid, self.width, self.form, self.n_prefix, device).to(dtype)
+    def table(self, grid, device, dtype):
+        return sincos(grid, self.width, self.form, self.n_prefix, device).to(dtype)
 
     def forward(self, grid, device=None, dtype=None):
         "[n_prefix + N, D], made once for each grid, device and dtype."
         key = tuple(grid), torch.device(device or 'cpu'), dtype or torch.get_default_dtype()
         if torch.compiler.is_compiling(): return self.table(*key)
         table, version = self._made.get(key, (None, 0))
-        if table is None or table._version != version:
+        if table is None or table._version != version: # somebody wrote into it
             with torch.inference_mode(False): table = self.table(*key)
             if type(table) is not torch.Tensor: return table
-            self._made = {**dict(list(self._made.items())[-15:]), key: (table, table._version)}
+            newest = dict(list(self._made.items())[-15:])
+            self._made = {**newest, key: (table, table._version)}
         return table
 
     def extra_repr(self): return f'width={self.width}, form={self.form}, n_prefix={self.n_prefix}'
 
-# %% ../nbs/04_patch_embedding.ipynb #c071
+# %% ../nbs/04_patch_embedding.ipynb #c047
 def resize_positions(
     pos: torch.Tensor, # [n_prefix + h·w, D]
     old_grid: tuple, # (h, w) it was made for
@@ -165,14 +180,16 @@ def resize_positions(
 ) -> torch.Tensor: # [n_prefix + new h·w, D], same dtype, differentiable; raises `UserError` where rows and grid disagree
     "Stretch a learned table to another grid."
     (h, w), D = _sides(old_grid), pos.shape[-1]
-    if len(pos) != n_prefix + h * w: raise UserError(f'found {len(pos)} positions, expected {n_prefix} + {h}×{w}: name the grid and the prefix tokens the table was made for')
+    if len(pos) != n_prefix + h * w:
+        raise UserError(f'found {len(pos)} positions, expected {n_prefix} + {h}×{w}: '
+                        'name the grid and the prefix tokens the table was made for')
     if _sides(new_grid) == (h, w): return pos
     image_1Dhw = pos[n_prefix:].reshape(1, h, w, D).permute(0, 3, 1, 2)
-    wide = image_1Dhw if pos.dtype == torch.float64 else image_1Dhw.float()
-    new_1Dhw = F.interpolate(wide, size=tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)
+    if pos.dtype != torch.float64: image_1Dhw = image_1Dhw.float()
+    new_1Dhw = F.interpolate(image_1Dhw, size=tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)
     return torch.cat([pos[:n_prefix], new_1Dhw.flatten(2)[0].T.to(pos.dtype)])
 
-# %% ../nbs/04_patch_embedding.ipynb #c076
+# %% ../nbs/04_patch_embedding.ipynb #c050
 class LearnedPositions(nn.Module):
     "A trainable table of positions, resized where the grid is another."
     def __init__(self,
@@ -181,8 +198,9 @@ class LearnedPositions(nn.Module):
         n_prefix: int = 0, # rows in front, one for each prefix token; they are learned too
     ):
         super().__init__()
+        h, w = _sides(grid)
         self.grid, self.n_prefix = tuple(grid), n_prefix
-        h, w = _sides(grid); self.table = nn.Parameter(torch.empty(n_prefix + h * w, width))
+        self.table = nn.Parameter(torch.empty(n_prefix + h * w, width))
         nn.init.normal_(self.table, std=width**-0.5)
 
     def forward(self, grid, device=None, dtype=None):

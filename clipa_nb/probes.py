@@ -9,6 +9,7 @@ __all__ = ['FIELDS', 'FITS', 'NORMAL', 'TRANSFORMS', 'own_features', 'all_rows',
            'effective_robustness']
 
 # %% ../nbs/16_probes.ipynb #c002
+import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +23,9 @@ def _encoded(model, batch, device) -> dict:
     if 'image' in batch: row['image'] = model.encode_image(batch['image'].to(device), normalize=True).float()
     if 'text' in batch: row['text'] = model.encode_text(batch['text'].to(device), normalize=True).float()
     row.update({k: torch.as_tensor(batch[k]).to(device, torch.int64) for k in ('label', 'key') if k in batch})
-    if len({len(v) for v in row.values()}) != 1: raise UserError(f"a batch with {', '.join(f'{len(v)} {k}s' for k, v in row.items()) or 'neither image nor text'}: give one of each for every sample")
+    if len({len(v) for v in row.values()}) != 1:
+        found = ', '.join(f'{len(v)} {k}s' for k, v in row.items()) or 'neither image nor text'
+        raise UserError(f'a batch with {found}: give one of each for every sample')
     return row
 
 # %% ../nbs/16_probes.ipynb #c015
@@ -35,8 +38,10 @@ def own_features(
     device, rows = model.logit_scale.device, []
     for i, batch in enumerate(share(data, comm)):
         row = _encoded(model, batch, device)
-        row['batch'] = torch.full((len(next(iter(row.values()))),), comm.rank + i * comm.size, device=device)
-        if rows and set(rows[0]) != set(row): raise UserError(f"batches disagree: one has {', '.join(rows[0])}, another {', '.join(row)}")
+        n = len(next(iter(row.values())))
+        row['batch'] = torch.full((n,), comm.rank + i * comm.size, device=device)
+        if rows and set(rows[0]) != set(row):
+            raise UserError(f"batches disagree: one has {', '.join(rows[0])}, another {', '.join(row)}")
         rows.append(row)
     return {k: torch.cat([r[k] for r in rows]) for k in rows[0]} if rows else {}
 
@@ -53,6 +58,16 @@ def all_rows(
 # %% ../nbs/16_probes.ipynb #c021
 FIELDS = ('image', 'text', 'label', 'key', 'batch')
 
+def _no_rows(name, width, device):
+    "A field without samples: features [0, width], integers [0]."
+    if name in ('image', 'text'): return torch.zeros(0, width, device=device)
+    return torch.zeros(0, dtype=torch.int64, device=device)
+
+def _width(x_n):
+    "Columns of a field, 1 for integers; 0 where there is none."
+    if x_n is None: return 0
+    return x_n.shape[1] if x_n.ndim > 1 else 1
+
 def features(
     model, # has `encode_image`, `encode_text` and `logit_scale`
     data, # batches of {'image' and/or 'text', and optionally 'label', 'key'}, the same on every rank
@@ -62,14 +77,15 @@ def features(
     mine = {}
     with together(comm), evaluating(model): mine = own_features(model, data, comm)
     n = len(mine.get('batch', ()))
-    width = [0 if k not in mine else mine[k].shape[1] if mine[k].ndim > 1 else 1 for k in FIELDS]
+    width = [_width(mine.get(k)) for k in FIELDS]
     n_max, *most = comm.all_max(torch.tensor([n, *width])).tolist()
-    if not n_max: raise UserError('there is nothing to encode: the data set is empty, or its iterator was used up before')
+    if not n_max:
+        raise UserError('there is nothing to encode: the data set is empty, or its iterator was used up before')
     with together(comm):
-        if n and width != most: raise UserError('batches disagree between ranks: some have captions, labels or keys and some have not')
+        if n and width != most:
+            raise UserError('batches disagree between ranks: some have captions, labels or keys and some have not')
     if comm.size > 1:
-        empty = lambda k, w: torch.zeros(0, w) if k in FIELDS[:2] else torch.zeros(0, dtype=torch.int64)
-        if not n: mine = {k: empty(k, w).to(model.logit_scale.device) for k, w in zip(FIELDS, most) if w}
+        if not n: mine = {k: _no_rows(k, w, model.logit_scale.device) for k, w in zip(FIELDS, most) if w}
         real = all_rows(torch.ones_like(mine['batch']), n_max, comm).bool()
         with torch.no_grad(): mine = {k: all_rows(v, n_max, comm)[real] for k, v in mine.items()}
     order = mine.pop('batch').argsort(stable=True)
@@ -77,10 +93,12 @@ def features(
 
 # %% ../nbs/16_probes.ipynb #c024
 def _wrong_in_front(pieces, best_c):
-    "For each query of a strip: wrong targets that score no less than its best right one; `pieces()` yields (scores, right?) twice."
+    "For each query of a strip: wrong targets that score no less than its best right one; `pieces()` yields (s, right)."
     wrong_c = 0
-    for s_cd, right_cd in pieces(): best_c = torch.maximum(best_c, s_cd.masked_fill(~right_cd, -torch.inf).amax(1))
-    for s_cd, right_cd in pieces(): wrong_c = wrong_c + (~(s_cd < best_c[:, None]) & ~right_cd).sum(1)
+    for s_cd, right_cd in pieces():
+        best_c = torch.maximum(best_c, s_cd.masked_fill(~right_cd, -torch.inf).amax(1))
+    for s_cd, right_cd in pieces():
+        wrong_c = wrong_c + (~(s_cd < best_c[:, None]) & ~right_cd).sum(1)
     return wrong_c
 
 # %% ../nbs/16_probes.ipynb #c027
@@ -100,20 +118,24 @@ def rank_counts(
     key_n=None, # [n] integers: equal where captions mean the same; None: only partners are right
     tile: int = 1024, # side of the piece of the similarity matrix that is held at once, rounded up to a multiple of 32
     comm=LOCAL, # ranks share the rows
-) -> torch.Tensor: # int64 [n] on the CPU: how many queries have 0, 1, 2 … wrong targets that score no less than their best right one
+) -> torch.Tensor: # int64 [n] on the CPU: how many queries have 0, 1, 2 … wrong targets in front
     "The histogram of ranks; ties and NaN count against the model."
     n = len(query_nE)
     tile = -(-min(tile, max(n, 1)) // 32) * 32
     key_n = torch.arange(n, device=query_nE.device) if key_n is None else key_n
     total_n = torch.zeros(n, dtype=torch.int64, device=query_nE.device)
+
     def pieces(i):
         for j in range(0, n, tile):
             right_cd = key_n[i:i + tile, None] == key_n[j:j + tile]
-            yield (strip(query_nE, i, tile) @ strip(target_nE, j, tile).T)[:len(right_cd), :right_cd.shape[1]], right_cd
+            s_cd = strip(query_nE, i, tile) @ strip(target_nE, j, tile).T
+            yield s_cd[:len(right_cd), :right_cd.shape[1]], right_cd
+
     with torch.no_grad():
         for i in range(comm.rank * tile, n, comm.size * tile):
             best_c = query_nE.new_full((len(query_nE[i:i + tile]),), -torch.inf)
-            total_n += torch.bincount(_wrong_in_front(lambda: pieces(i), best_c), minlength=n)
+            wrong_c = _wrong_in_front(functools.partial(pieces, i), best_c)
+            total_n += torch.bincount(wrong_c, minlength=n)
     return comm.all_sum(total_n.cpu())
 
 # %% ../nbs/16_probes.ipynb #c033
@@ -123,7 +145,8 @@ def recall(
 ) -> dict: # 'R@1', 'R@5', …, 'mean_rank', 'median_rank' (1 is best)
     "The usual summary of a histogram of ranks."
     below, n = counts_n.cumsum(0), int(counts_n.sum())
-    if bad := [k for k in ks if not 1 <= k <= n]: raise UserError(f'R@{bad[0]} among {n} candidates: k is between 1 and their number')
+    bad = [k for k in ks if not 1 <= k <= n]
+    if bad: raise UserError(f'R@{bad[0]} among {n} candidates: k is between 1 and their number')
     out = {f'R@{k}': int(below[k - 1]) / n for k in ks}
     mean = float((counts_n * torch.arange(1, len(counts_n) + 1)).sum()) / n
     return dict(out, mean_rank=mean, median_rank=float(torch.searchsorted(below, (n + 1) // 2)) + 1)
@@ -138,20 +161,24 @@ def retrieval(
 ) -> dict: # 'image_to_text_R@1', 'text_to_image_R@1', …, '…_mean_rank', '…_median_rank', 'n'
     "Find the partner among all, both ways."
     f = features(model, data, comm)
-    if not {'image', 'text'} <= set(f): raise UserError(f"retrieval needs batches with 'image' and 'text', these have {', '.join(f)}")
-    if bad := [k for k in ks if not 1 <= k <= len(f['image'])]: raise UserError(f"R@{bad[0]} among {len(f['image'])} pairs: k is between 1 and their number")
+    if not {'image', 'text'} <= set(f):
+        raise UserError(f"retrieval needs batches with 'image' and 'text', these have {', '.join(f)}")
+    n = len(f['image'])
+    bad = [k for k in ks if not 1 <= k <= n]
+    if bad: raise UserError(f'R@{bad[0]} among {n} pairs: k is between 1 and their number')
     out = {}
     for name, a, b in (('image_to_text', 'image', 'text'), ('text_to_image', 'text', 'image')):
         got = recall(rank_counts(f[a], f[b], f.get('key'), tile, comm), ks)
         out.update({f'{name}_{k}': v for k, v in got.items()})
-    return dict(out, n=float(len(f['image'])))
+    return dict(out, n=float(n))
 
 # %% ../nbs/16_probes.ipynb #c042
 def standardised(
     x_nE, # features
 ) -> tuple: # (features of mean 0 and variance 1, mean, deviation)
     "Each feature on its own scale, which is what the fit converges quickly on."
-    mean_E, std_E = x_nE.mean(0), x_nE.std(0, correction=0).clamp_min(1e-6)
+    mean_E = x_nE.mean(0)
+    std_E = x_nE.std(0, correction=0).clamp_min(1e-6)
     return (x_nE - mean_E) / std_E, mean_E, std_E
 
 # %% ../nbs/16_probes.ipynb #c045
@@ -184,11 +211,16 @@ def minimise(
     steps: int, # iterations at most
 ):
     "Full-batch L-BFGS with a line search: no learning rate to choose."
-    optimizer = torch.optim.LBFGS(params, max_iter=steps, history_size=20, line_search_fn='strong_wolfe', tolerance_grad=1e-6, tolerance_change=1e-10)
+    tolerances = dict(tolerance_grad=1e-6, tolerance_change=1e-10)
+    optimizer = torch.optim.LBFGS(
+        params, max_iter=steps, history_size=20, line_search_fn='strong_wolfe', **tolerances)
+
     def closure():
         optimizer.zero_grad()
-        value = loss(); value.backward()
+        value = loss()
+        value.backward()
         return value
+
     with torch.enable_grad(): optimizer.step(closure)
 
 # %% ../nbs/16_probes.ipynb #c054
@@ -201,8 +233,13 @@ def fit_logistic(
 ) -> nn.Linear: # E → M
     "Multinomial logistic regression."
     x_nE, mean_E, std_E = standardised(x_nE.detach())
-    w_ME, b_M = (x_nE.new_zeros(s, requires_grad=True) for s in ((classes, x_nE.shape[1]), (classes,)))
-    minimise(lambda: F.cross_entropy(x_nE @ w_ME.T + b_M, y_n) + l2 / 2 * w_ME.square().sum(), [w_ME, b_M], steps)
+    w_ME = x_nE.new_zeros(classes, x_nE.shape[1], requires_grad=True)
+    b_M = x_nE.new_zeros(classes, requires_grad=True)
+
+    def loss():
+        return F.cross_entropy(x_nE @ w_ME.T + b_M, y_n) + l2 / 2 * w_ME.square().sum()
+
+    minimise(loss, [w_ME, b_M], steps)
     return as_linear(w_ME.detach(), b_M.detach(), mean_E, std_E)
 
 # %% ../nbs/16_probes.ipynb #c057
@@ -212,9 +249,12 @@ def labelled_features(
 ) -> tuple: # (features [n,E], labels [n]); raises `UserError`
     "The features of labelled images."
     f = features(model, data, comm)
-    if not {'image', 'label'} <= set(f): raise UserError(f"a probe needs batches with 'image' and 'label', these have {', '.join(f)}")
+    if not {'image', 'label'} <= set(f):
+        raise UserError(f"a probe needs batches with 'image' and 'label', these have {', '.join(f)}")
     low, high = int(f['label'].min()), int(f['label'].max())
-    if low < 0 or (classes is not None and high >= classes): raise UserError(f'labels from {low} to {high}: expected 0 to {"M − 1" if classes is None else classes - 1}')
+    if low < 0 or (classes is not None and high >= classes):
+        most = 'M − 1' if classes is None else classes - 1
+        raise UserError(f'labels from {low} to {high}: expected 0 to {most}')
     return f['image'], f['label']
 
 # %% ../nbs/16_probes.ipynb #c060
@@ -229,7 +269,6 @@ def top1(
 # %% ../nbs/16_probes.ipynb #c063
 FITS = dict(logistic=fit_logistic, ridge=fit_ridge)
 
-# %% ../nbs/16_probes.ipynb #c065
 def linear_probe(
     model, # has `encode_image` and `logit_scale`
     train, # batches of {'image', 'label'}
@@ -246,7 +285,7 @@ def linear_probe(
     head = FITS[fit](x_nE, y_n, M, l2)
     return dict(top1=top1(head, u_nE, v_n), train_top1=top1(head, x_nE, y_n), n=float(len(y_n)))
 
-# %% ../nbs/16_probes.ipynb #c070
+# %% ../nbs/16_probes.ipynb #c068
 def draw_shots(
     y_n, # labels
     k: int, # images of each class; raises `UserError` where a class has fewer
@@ -257,11 +296,12 @@ def draw_shots(
     order_n = torch.randperm(len(y_n), generator=generator(seed, 'few-shot')).to(y_n.device)
     order_n = order_n[y_n[order_n].argsort(stable=True)]
     counts_M = y_n.bincount(minlength=classes)
-    if int(counts_M.min()) < k: raise UserError(f'{k} shots, but class {int(counts_M.argmin())} has {int(counts_M.min())} training images: use fewer shots')
+    least, rarest = int(counts_M.min()), int(counts_M.argmin())
+    if least < k: raise UserError(f'{k} shots, but class {rarest} has {least} training images: use fewer shots')
     starts_M = counts_M.cumsum(0) - counts_M
     return order_n[(starts_M[:, None] + torch.arange(k, device=y_n.device)).flatten()]
 
-# %% ../nbs/16_probes.ipynb #c073
+# %% ../nbs/16_probes.ipynb #c071
 def fit_from(
     head: nn.Linear, # where to start and what to stay near
     x_nE, # features of the shots
@@ -271,11 +311,16 @@ def fit_from(
     steps: int = 100, # of L-BFGS
 ) -> nn.Linear: # a new head that scores like the old one: cosines, not logits
     "Logistic regression that is pulled to a given head instead of to zero."
-    start_ME = head.weight.detach(); w_ME = start_ME.clone().requires_grad_()
-    minimise(lambda: F.cross_entropy(scale * x_nE @ w_ME.T, y_n) + l2 / 2 * (w_ME - start_ME).square().sum(), [w_ME], steps)
+    start_ME = head.weight.detach()
+    w_ME = start_ME.clone().requires_grad_()
+
+    def loss():
+        return F.cross_entropy(scale * x_nE @ w_ME.T, y_n) + l2 / 2 * (w_ME - start_ME).square().sum()
+
+    minimise(loss, [w_ME], steps)
     return linear(w_ME.detach())
 
-# %% ../nbs/16_probes.ipynb #c076
+# %% ../nbs/16_probes.ipynb #c074
 def few_shot(
     model, # has `encode_image` and `logit_scale`
     train, # batches of {'image', 'label'} to draw the shots from
@@ -295,8 +340,11 @@ def few_shot(
     for k in shots:
         got = []
         for seed in seeds if k else seeds[:1]:
-            take = draw_shots(y_n, k, seed, M) if k else None
-            got.append(top1(fit_from(head, x_nE[take], y_n[take], scale, l2) if k else head, u_nE, v_n))
+            fitted = head
+            if k:
+                take = draw_shots(y_n, k, seed, M)
+                fitted = fit_from(head, x_nE[take], y_n[take], scale, l2)
+            got.append(top1(fitted, u_nE, v_n))
         out[f'{k}-shot_top1'] = sum(got) / len(got)
     return out
 
@@ -308,23 +356,39 @@ def robustness(
     comm=LOCAL, # ranks share the batches
 ) -> dict: # '<name>_top1' for each, 'average_top1' over the shifts, and 'drop' from clean where there is clean
     "Top-1 under every shift."
-    if not set(shifts) - {'clean'}: raise UserError(f'{len(shifts)} sets and no shift among them: give {{name: data}}')
+    if not set(shifts) - {'clean'}:
+        raise UserError(f'{len(shifts)} sets and no shift among them: give {{name: data}}')
     top = {name: zero_shot(model, data, head, (1,), comm)['top1'] for name, data in shifts.items()}
     moved = [v for k, v in top.items() if k != 'clean']
-    out = {f'{k}_top1': v for k, v in top.items()} | dict(average_top1=sum(moved) / len(moved))
-    return out | (dict(drop=top['clean'] - out['average_top1']) if 'clean' in top else {})
+    out = {f'{k}_top1': v for k, v in top.items()}
+    out['average_top1'] = sum(moved) / len(moved)
+    if 'clean' in top: out['drop'] = top['clean'] - out['average_top1']
+    return out
 
 # %% ../nbs/16_probes.ipynb #c086
 NORMAL = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
-TRANSFORMS = {None: (lambda t: t, lambda t: t), 'log': (torch.log, torch.exp), 'logit': (torch.logit, torch.sigmoid), 'probit': (NORMAL.icdf, NORMAL.cdf)}
+
+def _as_it_is(t): return t
+def _is_finite(t): return t.isfinite()
+def _is_positive(t): return t > 0
+def _is_share(t): return (t > 0) & (t < 1)
+
+TRANSFORMS = { # name: (there, back, where it is finite)
+    None: (_as_it_is, _as_it_is, _is_finite),
+    'log': (torch.log, torch.exp, _is_positive),
+    'logit': (torch.logit, torch.sigmoid, _is_share),
+    'probit': (NORMAL.icdf, NORMAL.cdf, _is_share)}
 
 def _transformed(values, transform):
     "Values as a float64 vector on the transformed axis."
     if transform not in TRANSFORMS: raise unknown('transform', transform, TRANSFORMS)
+    there, _, finite = TRANSFORMS[transform]
     t = torch.as_tensor(values, dtype=torch.float64)
-    inside = {'log': t > 0, 'logit': (t > 0) & (t < 1), 'probit': (t > 0) & (t < 1)}.get(transform, t.isfinite())
-    if not bool(inside.all()): raise UserError(f"{float(t[~inside][0]):g} has no finite {transform or 'value'}: leave such points out, or measure them on more samples")
-    return TRANSFORMS[transform][0](t)
+    inside = finite(t)
+    if not bool(inside.all()):
+        found = f"{float(t[~inside][0]):g} has no finite {transform or 'value'}"
+        raise UserError(f'{found}: leave such points out, or measure them on more samples')
+    return there(t)
 
 # %% ../nbs/16_probes.ipynb #c089
 def fit_line(
@@ -334,11 +398,14 @@ def fit_line(
 ) -> tuple: # (slope, intercept, r²) on the transformed axes; raises `UserError`
     "Least squares through points, on axes where the points make a line."
     x, y = _transformed(x, transform), _transformed(y, transform)
-    if x.shape != y.shape or len(x) < 2 or float(x.max()) == float(x.min()): raise UserError(f'a line through x {tuple(x.shape)} and y {tuple(y.shape)}: give at least two points of different x')
+    if x.shape != y.shape or len(x) < 2 or float(x.max()) == float(x.min()):
+        found = f'a line through x {tuple(x.shape)} and y {tuple(y.shape)}'
+        raise UserError(f'{found}: give at least two points of different x')
     dx, dy = x - x.mean(), y - y.mean()
     slope = (dx * dy).sum() / dx.square().sum()
     rest = (dy - slope * dx).square().sum()
-    r2 = 1. if float(dy.square().sum()) == 0 else float(1 - rest / dy.square().sum())
+    spread = dy.square().sum()
+    r2 = 1. if float(spread) == 0 else float(1 - rest / spread)
     return float(slope), float(y.mean() - slope * x.mean()), r2
 
 # %% ../nbs/16_probes.ipynb #c092
@@ -348,7 +415,10 @@ def line_at(
     transform: str = None, # the one of the fit
 ) -> list: # what the line says, on the original scale
     "Read a fitted line."
-    return TRANSFORMS[transform][1](line[0] * _transformed(x, transform) + line[1]).tolist()
+    slope, intercept, *_ = line
+    t = slope * _transformed(x, transform) + intercept
+    _, back, _ = TRANSFORMS[transform]
+    return back(t).tolist()
 
 # %% ../nbs/16_probes.ipynb #c095
 def effective_robustness(

@@ -11,19 +11,23 @@ import functools, re
 from importlib.resources import files
 import torch
 from .core import UserError, unknown
+from .engine.vocabularies import Memory
 
 # %% ../nbs/07_text_truncation.ipynb #c009
 def _pieces(words, k):
     "All piece ids in order; `UserError` where k is no number of slots or a word is no pair of a text and its ids."
-    if isinstance(k, bool) or not hasattr(k, '__index__') or k < 1: raise UserError(f'found k = {k!r}, expected a whole number of slots, at least 1')
+    if isinstance(k, bool) or not hasattr(k, '__index__') or k < 1:
+        raise UserError(f'found k = {k!r}, expected a whole number of slots, at least 1')
     ids = None
     if isinstance(words, (list, tuple)) and not (words and isinstance(words[0], str)):
-        try: ids = [i for _, ids in words for i in ids]
-        except (TypeError, ValueError): pass
-    if ids is None: raise UserError(f'found {words!r:.60}, expected words as (text, [piece ids]): tokenizer.words(text) makes them')
+        try:
+            ids = [i for _, ids in words for i in ids]
+        except (TypeError, ValueError):
+            pass
+    if ids is None:
+        raise UserError(f'found {words!r:.60}, expected words as (text, [piece ids]): tokenizer.words(text) makes them')
     return ids
 
-# %% ../nbs/07_text_truncation.ipynb #c012
 def truncate(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
@@ -32,19 +36,21 @@ def truncate(
     "Keep the beginning."
     return _pieces(words, k)[:k]
 
-# %% ../nbs/07_text_truncation.ipynb #c015
+# %% ../nbs/07_text_truncation.ipynb #c012
 def _fill(words, order, k):
     "Piece ids of the words taken in `order` while they fit into k slots, back in the caption's order."
     kept, room = [], k
     for w in order:
         n = len(words[w][1])
-        if n <= room: kept.append(w); room -= n
+        if n <= room:
+            kept.append(w)
+            room -= n
         if not room: break
     if not kept: return list(words[order[0]][1][:k])
     kept.sort()
     return [i for w in kept for i in words[w][1]]
 
-# %% ../nbs/07_text_truncation.ipynb #c018
+# %% ../nbs/07_text_truncation.ipynb #c015
 def random_words(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
@@ -54,10 +60,12 @@ def random_words(
     "Keep random words, in the caption's order."
     ids, n = _pieces(words, k), len(words)
     if (n if official else len(ids)) <= k: return ids[:k]
-    order = torch.randperm(min(n, len(ids)) if official else n, generator=generator).tolist()
-    return [ids[i] for i in order[:k]] if official else _fill(words, order, k)
+    if official:
+        order = torch.randperm(min(n, len(ids)), generator=generator).tolist()
+        return [ids[i] for i in order[:k]]
+    return _fill(words, torch.randperm(n, generator=generator).tolist(), k)
 
-# %% ../nbs/07_text_truncation.ipynb #c021
+# %% ../nbs/07_text_truncation.ipynb #c018
 def block_words(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
@@ -67,75 +75,82 @@ def block_words(
     "Keep neighbouring words from a random place on."
     ids, n = _pieces(words, k), len(words)
     if (n if official else len(ids)) <= k: return ids[:k]
-    draw = lambda starts: int(torch.randint(starts, (), generator=generator))
-    if official: start = draw(n - k); return ids[start:start + k]
-    last, tail = n - 1, len(words[-1][1])
-    while tail < k: last -= 1; tail += len(words[last][1])
-    start = stop = draw(last + 1); room = k
-    while stop < n and len(words[stop][1]) <= room: room -= len(words[stop][1]); stop += 1
+    if official:
+        start = int(torch.randint(n - k, (), generator=generator))
+        return ids[start:start + k]
+    last, tail = n - 1, len(words[-1][1]) # the last word from which on there are k pieces
+    while tail < k:
+        last -= 1
+        tail += len(words[last][1])
+    start = stop = int(torch.randint(last + 1, (), generator=generator))
+    room = k
+    while stop < n and len(words[stop][1]) <= room:
+        room -= len(words[stop][1])
+        stop += 1
     return truncate(words[start:max(stop, start + 1)], k)
 
-# %% ../nbs/07_text_truncation.ipynb #c025
+# %% ../nbs/07_text_truncation.ipynb #c022
 def priority(
     tag: str, # Penn Treebank: NN, NNS, NNP, JJ, VBZ …
 ) -> int: # 0 for nouns, 1 for adjectives, 2 for verbs, 3 for the rest
     "CLIPA's order of importance (CLIPA, both lineages)."
     return {'NN': 0, 'JJ': 1, 'VB': 2}.get(tag[:2], 3)
 
-# %% ../nbs/07_text_truncation.ipynb #c028
+# %% ../nbs/07_text_truncation.ipynb #c025
 def _ranks(tagger, words):
     "The priority of each word; `UserError` where the tagger gives no tag for one."
     tags = list(tagger(words))
-    if len(tags) != len(words): raise UserError(f'{tagger} gave {len(tags)} tags for {len(words)} words: it must give one for each')
+    if len(tags) != len(words):
+        raise UserError(f'{tagger} gave {len(tags)} tags for {len(words)} words: it must give one for each')
     wrong = [t for t in tags if not isinstance(t, str)]
-    if wrong: raise UserError(f'{tagger} gave the tag {wrong[0]!r}, expected Penn Treebank tags such as NN: strings, one for each word')
+    if wrong:
+        expected = 'expected Penn Treebank tags such as NN: strings, one for each word'
+        raise UserError(f'{tagger} gave the tag {wrong[0]!r}, {expected}')
     return list(map(priority, tags))
 
-# %% ../nbs/07_text_truncation.ipynb #c031
+def _rank_alone(tagger, word): return _ranks(tagger, [word])[0]
+
 def vocabulary_ranks(
     vocabulary, # the pieces in the order of their ids: `tokenizer.pieces`
     tagger, # list of words → list of tags
 ) -> bytes: # one priority an entry, indexed by piece id; raises `UserError` for anything but a list of strings
     "A context-free priority for each entry of a vocabulary (CLIPA-v2)."
-    if not isinstance(vocabulary, (list, tuple)) or not all(isinstance(p, str) for p in vocabulary): raise UserError(f'found a vocabulary of type {type(vocabulary).__name__}, expected the list of its pieces: tokenizer.pieces')
-    tokens = (re.findall(r'[^\W_]+|[^\w\s]|_', p.removeprefix('##').removesuffix('</w>')) for p in vocabulary)
+    if not isinstance(vocabulary, (list, tuple)) or not all(isinstance(p, str) for p in vocabulary):
+        found = f'found a vocabulary of type {type(vocabulary).__name__}'
+        raise UserError(f'{found}, expected the list of its pieces: tokenizer.pieces')
+    words = (p.removeprefix('##').removesuffix('</w>') for p in vocabulary)
+    tokens = (re.findall(r'[^\W_]+|[^\w\s]|_', w) for w in words)
     return bytes(_ranks(tagger, t)[-1] if t else 3 for t in tokens)
 
-# %% ../nbs/07_text_truncation.ipynb #c034
-class _Memory(dict):
-    "word → priority, asked of a context-free tagger on first sight; emptied when it holds `limit` words."
-    def __init__(self, tagger, limit=2**16):
-        super().__init__()
-        self.tagger, self.limit = tagger, limit
-
-    def __missing__(self, word):
-        rank = _ranks(self.tagger, [word])[0]
-        if len(self) >= self.limit: self.clear()
-        if len(word) <= 64: self[word] = rank
-        return rank
-
-    def __reduce__(self): return type(self), (self.tagger, self.limit)
-
-# %% ../nbs/07_text_truncation.ipynb #c037
+# %% ../nbs/07_text_truncation.ipynb #c028
 class syntax:
     "A strategy: nouns first, then adjectives, verbs, the rest; among equals the earlier; in the caption's order."
     def __init__(self,
         tagger, # list of words → list of tags; raises `UserError` if it is no function
-        vocabulary=None, # the tokenizer's pieces: each word gets the context-free tag of its first piece (CLIPA-v2); None tags the words
+        vocabulary=None, # the tokenizer's pieces: a word has the tag of its first piece (CLIPA-v2); None tags words
         official: bool = False, # as published: keep k words, then cut their pieces at k
     ):
-        if not callable(tagger): raise UserError(f'found tagger {tagger!r}, expected a function from words to tags, such as rule_tagger')
-        self.tagger, self.official, self._known = tagger, official, _Memory(tagger) if getattr(tagger, 'context_free', False) else None
+        if not callable(tagger):
+            raise UserError(f'found tagger {tagger!r}, expected a function from words to tags, such as rule_tagger')
+        alone = getattr(tagger, 'context_free', False)
+        self.tagger, self.official = tagger, official
+        self._known = Memory(functools.partial(_rank_alone, tagger)) if alone else None
         self.table = None if vocabulary is None else vocabulary_ranks(vocabulary, tagger)
 
-    def __repr__(self): return f'syntax({getattr(self.tagger, "__name__", self.tagger)}{", by vocabulary" * (self.table is not None)}{", official" * self.official})'
+    def __repr__(self):
+        name = getattr(self.tagger, '__name__', self.tagger)
+        return f'syntax({name}{", by vocabulary" * (self.table is not None)}{", official" * self.official})'
 
     def ranks(self, words) -> list:
         "The priority of each word, 0 to 3."
         table, known = self.table, self._known
-        if table is None: return _ranks(self.tagger, [w for w, _ in words]) if known is None else [known[w] for w, _ in words]
-        try: return [table[ids[0]] if ids else 3 for _, ids in words]
-        except IndexError as e: raise UserError(f'{self} was made for {len(table)} entries, but a caption has the id {max(ids[0] for _, ids in words if ids)}: give it this tokenizer\'s pieces') from e
+        if table is None and known is None: return _ranks(self.tagger, [w for w, _ in words])
+        if table is None: return [known[w] for w, _ in words]
+        try:
+            return [table[ids[0]] if ids else 3 for _, ids in words]
+        except IndexError as e:
+            found = f'a caption has the id {max(ids[0] for _, ids in words if ids)}'
+            raise UserError(f"{self} was made for {len(table)} entries, but {found}: give it this tokenizer's pieces") from e
 
     def __call__(self, words, k, generator=None):
         ids, n = _pieces(words, k), len(words)
@@ -143,7 +158,7 @@ class syntax:
         order = sorted(range(n), key=self.ranks(words).__getitem__)
         return truncate([words[w] for w in sorted(order[:k])], k) if self.official else _fill(words, order, k)
 
-# %% ../nbs/07_text_truncation.ipynb #c040
+# %% ../nbs/07_text_truncation.ipynb #c031
 _CLOSED = {
     'DT': 'a an the this that these those each every some any no another both all either neither',
     'IN': '''in on at of with by for from into onto over under above below behind beside besides between near next along across through throughout during after
@@ -157,7 +172,7 @@ _CLOSED = {
     'CD': '''one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
         forty fifty sixty seventy eighty ninety hundred thousand million billion zero''', 'UH': 'please hello hi oh wow yes hey'}
 
-# %% ../nbs/07_text_truncation.ipynb #c042
+# %% ../nbs/07_text_truncation.ipynb #c033
 def _third(verb):
     "The third person of a regular verb."
     if verb[-1] == 'y' and verb[-2] not in 'aeiou': return verb[:-1] + 'ies'
@@ -170,7 +185,12 @@ def _degrees(adjective):
     if re.fullmatch(r'[^aeiou]*[aeiou][bdgmnpt]', adjective): stem = adjective + adjective[-1]
     return stem + 'er', stem + 'est'
 
-# %% ../nbs/07_text_truncation.ipynb #c045
+def _forms(word, tag):
+    "(form, tag) of the other forms that a word of the lexicon brings along."
+    if tag in ('VB', 'VBZ+'): return [(_third(word), 'VBZ')]
+    if tag == 'JJ+': return list(zip(_degrees(word), ('JJR', 'JJS')))
+    return []
+
 @functools.lru_cache
 def _lexicon():
     "(word → tag of the closed classes and the short lexicon, words that can be the plain form of a verb)."
@@ -179,15 +199,17 @@ def _lexicon():
     for tag, *words in map(str.split, text.split('\n\n')[1:]):
         if tag in ('VB', 'VBZ+'): verbs.update(words)
         for w in words:
-            more = {'VB': [(_third, 'VBZ')], 'VBZ+': [(_third, 'VBZ')], 'JJ+': [(lambda a: _degrees(a)[0], 'JJR'), (lambda a: _degrees(a)[1], 'JJS')]}.get(tag, [])
-            for form, t in more: known.setdefault(form(w), t)
+            for form, t in _forms(w, tag): known.setdefault(form, t)
             if tag != 'VBZ+': known.setdefault(w, tag.rstrip('+'))
     return known, verbs
 
-# %% ../nbs/07_text_truncation.ipynb #c048
-_ENDINGS = (('ing', 3, 'VBG'), ('ed', 3, 'VBN'), ('ly', 3, 'RB'), ('ous', 2, 'JJ'), ('ful', 3, 'JJ'), ('less', 3, 'JJ'), ('proof', 3, 'JJ'), ('made', 3, 'JJ'),
-            ('able', 3, 'JJ'), ('ible', 3, 'JJ'), ('ive', 4, 'JJ'), ('ish', 3, 'JJ'), ('ic', 4, 'JJ'), ('ical', 2, 'JJ'), ('al', 4, 'JJ'), ('ese', 4, 'JJ'),
-            ('esque', 3, 'JJ'), ('ize', 4, 'VB'), ('ify', 2, 'VB'))
+# %% ../nbs/07_text_truncation.ipynb #c036
+_ENDINGS = ( # ending, shortest stem for which we believe it, tag
+    ('ing', 3, 'VBG'), ('ed', 3, 'VBN'), ('ly', 3, 'RB'), ('ous', 2, 'JJ'), ('ful', 3, 'JJ'), ('less', 3, 'JJ'),
+    ('proof', 3, 'JJ'), ('made', 3, 'JJ'), ('able', 3, 'JJ'), ('ible', 3, 'JJ'), ('ive', 4, 'JJ'), ('ish', 3, 'JJ'),
+    ('ic', 4, 'JJ'), ('ical', 2, 'JJ'), ('al', 4, 'JJ'), ('ese', 4, 'JJ'), ('esque', 3, 'JJ'), ('ize', 4, 'VB'),
+    ('ify', 2, 'VB'),
+)
 
 @functools.lru_cache(2**16)
 def _rule_tag(word):
@@ -196,10 +218,10 @@ def _rule_tag(word):
     if w in known: return known[w]
     if not any(c.isalnum() for c in w): return '.'
     if w[0].isdigit(): return 'JJ' if re.fullmatch(r'\d+(st|nd|rd|th)', w) else 'CD'
-    tag = next((tag for end, stem, tag in _ENDINGS if w.endswith(end) and len(w) >= stem + len(end)), None)
-    return tag or ('NNS' if w.endswith('s') and not w.endswith('ss') else 'NN')
+    for end, stem, tag in _ENDINGS:
+        if w.endswith(end) and len(w) >= stem + len(end): return tag
+    return 'NNS' if w.endswith('s') and not w.endswith('ss') else 'NN'
 
-# %% ../nbs/07_text_truncation.ipynb #c051
 def rule_tagger(
     words, # each is judged alone
 ) -> list: # Penn Treebank tags, one for each
@@ -208,23 +230,26 @@ def rule_tagger(
 
 rule_tagger.context_free = True
 
-# %% ../nbs/07_text_truncation.ipynb #c054
+# %% ../nbs/07_text_truncation.ipynb #c039
 def context_tagger(
     words, # a whole caption
 ) -> list: # Penn Treebank tags, one for each
     "`rule_tagger`, put right by the neighbours."
-    ws, tags = [w.lower() for w in words], rule_tagger(words)
-    verbs = _lexicon()[1]
-    for i, w in enumerate(ws):
-        before, tag, after = tags[i - 1] if i else '.', tags[i], tags[i + 1] if i + 1 < len(ws) else '.'
-        noun, opens = tag[:2] == 'NN', after in ('DT', 'PRP$')
-        if noun and w in verbs and before in ('TO', 'MD') and after[:2] != 'NN': tags[i] = 'VB'
-        elif noun and w in verbs and before in ('NNS', 'PRP') and (opens or after[:2] in ('IN', 'PR', 'RB', 'JJ', 'CD')): tags[i] = 'VBP'
-        elif noun and w.endswith('ing') and w in _lexicon()[0] and (opens or before == 'NNS' and after in ('IN', 'RB', 'TO')): tags[i] = 'VBG'
-        elif tag in ('VB', 'VBP') and w in verbs and before in ('DT', 'PRP$', 'JJ', 'VBG', 'VBN'): tags[i] = 'NN'
+    known, verbs = _lexicon()
+    tags = rule_tagger(words)
+    for i, w in enumerate(word.lower() for word in words):
+        before = tags[i - 1] if i else '.'
+        after = tags[i + 1] if i + 1 < len(tags) else '.'
+        noun, opens, verb = tags[i][:2] == 'NN', after in ('DT', 'PRP$'), w in verbs
+        goes_on = opens or after[:2] in ('IN', 'PR', 'RB', 'JJ', 'CD')
+        doing = opens or (before == 'NNS' and after in ('IN', 'RB', 'TO'))
+        if noun and verb and before in ('TO', 'MD') and after[:2] != 'NN': tags[i] = 'VB'
+        elif noun and verb and before in ('NNS', 'PRP') and goes_on: tags[i] = 'VBP'
+        elif noun and w.endswith('ing') and w in known and doing: tags[i] = 'VBG'
+        elif tags[i] in ('VB', 'VBP') and verb and before in ('DT', 'PRP$', 'JJ', 'VBG', 'VBN'): tags[i] = 'NN'
     return tags
 
-# %% ../nbs/07_text_truncation.ipynb #c057
+# %% ../nbs/07_text_truncation.ipynb #c042
 class lexicon_tagger:
     "A tagger that looks words up, and asks another one about those it does not know."
     def __init__(self,
@@ -235,25 +260,34 @@ class lexicon_tagger:
         self.context_free = getattr(fallback, 'context_free', False)
 
     def __repr__(self): return f'lexicon_tagger({len(self.lexicon)} words)'
+
     def __call__(self, words):
         tags = [self.lexicon.get(w.lower()) for w in words]
         return tags if None not in tags else [t or other for t, other in zip(tags, self.fallback(words))]
 
-# %% ../nbs/07_text_truncation.ipynb #c060
+# %% ../nbs/07_text_truncation.ipynb #c045
 class nltk_tagger:
     "NLTK's averaged perceptron, with context; raises `UserError` where the package or its data is missing."
     def __init__(self): self(['cat'])
+
     def __reduce__(self): return type(self), ()
+
     def __repr__(self): return 'nltk_tagger()'
+
     def __call__(self,
         words, # a whole caption
     ) -> list: # Penn Treebank tags, one for each
-        try: from nltk import pos_tag
-        except ImportError as e: raise UserError('nltk_tagger needs NLTK: pip install nltk, or take rule_tagger') from e
-        try: return [tag for _, tag in pos_tag(list(words))]
-        except (LookupError, OSError) as e: raise UserError("NLTK's tagger has no data: python -m nltk.downloader averaged_perceptron_tagger_eng averaged_perceptron_tagger, or take rule_tagger") from e
+        try:
+            from nltk import pos_tag
+        except ImportError as e:
+            raise UserError('nltk_tagger needs NLTK: pip install nltk, or take rule_tagger') from e
+        try:
+            return [tag for _, tag in pos_tag(list(words))]
+        except (LookupError, OSError) as e:
+            fetch = 'python -m nltk.downloader averaged_perceptron_tagger_eng averaged_perceptron_tagger'
+            raise UserError(f"NLTK's tagger has no data: {fetch}, or take rule_tagger") from e
 
-# %% ../nbs/07_text_truncation.ipynb #c070
+# %% ../nbs/07_text_truncation.ipynb #c055
 TEXT_STRATEGIES = ('truncate', 'random', 'block', 'syntax')
 
 def text_strategy(

@@ -18,30 +18,35 @@ def take_tokens(
     ids_BK: torch.Tensor, # int64: which tokens of each sample, in the order wanted
 ) -> torch.Tensor: # [B,K,D]; raises `UserError` where the two disagree about B
     "The tokens at the ids, sample by sample."
-    if x_BND.ndim != 3 or ids_BK.shape[:-1] != x_BND.shape[:1]: raise UserError(f'found tokens {tuple(x_BND.shape)} and ids {tuple(ids_BK.shape)}, expected [B,N,D] and [B,K]: one row of ids for each sample')
+    if x_BND.ndim != 3 or ids_BK.shape[:-1] != x_BND.shape[:1]:
+        raise UserError(f'found tokens {tuple(x_BND.shape)} and ids {tuple(ids_BK.shape)}, expected [B,N,D] and [B,K]: '
+                        'one row of ids for each sample')
     return x_BND.gather(1, ids_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 # %% ../nbs/05_token_dropping.ipynb #c014
 def _patches(grid, ratio):
     "N of a grid (h, w); `UserError` for an empty grid or a ratio outside [0, 1)."
     h, w = grid
-    if h < 1 or w < 1: raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: use a larger image or a smaller patch')
-    if not 0 <= ratio < 1: raise UserError(f'found a drop ratio of {ratio}, expected 0 ≤ ratio < 1: 0.75 keeps a quarter of the patches')
+    if h < 1 or w < 1:
+        raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: use a larger image or a smaller patch')
+    if not 0 <= ratio < 1:
+        raise UserError(f'found a drop ratio of {ratio}, expected 0 ≤ ratio < 1: 0.75 keeps a quarter of the patches')
     return h * w
 
-# %% ../nbs/05_token_dropping.ipynb #c017
-def _some(grid, ratio):
+def _keep_random(grid, ratio):
     "Tokens the random strategy keeps: the official rounding."
-    n = _patches(grid, ratio); k = int(n * (1 - ratio))
-    if k < 1: raise UserError(f'dropping a share of {ratio} of {n} patches leaves none: use a ratio up to {max(0, math.ceil(1000 * (1 - 1 / n)) - 1) / 1000} or a larger image')
+    n = _patches(grid, ratio)
+    k = int(n * (1 - ratio))
+    if k < 1:
+        most = max(0, math.ceil(1000 * (1 - 1 / n)) - 1) / 1000
+        raise UserError(f'dropping a share of {ratio} of {n} patches leaves none: use a ratio up to {most} or a larger image')
     return k
 
-# %% ../nbs/05_token_dropping.ipynb #c023
+# %% ../nbs/05_token_dropping.ipynb #c020
 def _chance(generator, device):
     "Arguments of a draw, without a generator where it is the default one."
     return dict(device=device) if generator is None else dict(device=device, generator=generator)
 
-# %% ../nbs/05_token_dropping.ipynb #c026
 def random_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -50,34 +55,39 @@ def random_ids(
     device=None, # where the ids are made
 ) -> torch.Tensor: # int64 [b, int(N·(1 − ratio))], ascending; raises `UserError` where nothing is left
     "For each sample its own random patches, all subsets equally likely."
-    k = _some(grid, ratio)
+    k = _keep_random(grid, ratio)
     noise_BN = torch.rand(b, grid[0] * grid[1], dtype=torch.float32, **_chance(generator, device))
     return noise_BN.argsort(1)[:, :k].sort(1).values
 
-# %% ../nbs/05_token_dropping.ipynb #c029
+# %% ../nbs/05_token_dropping.ipynb #c023
 def _window(ratio):
     "The side s whose ratio 1 − 1/s² is meant; 0 where none is."
     s = round(1 / math.sqrt(1 - ratio))
     return s if abs(1 - 1 / s**2 - ratio) <= 5e-4 else 0
 
-# %% ../nbs/05_token_dropping.ipynb #c032
+def _shortest(s):
+    "The ratio of windows of side s with three digits, or as many as it takes to mean that window."
+    for digits in range(3, 17):
+        said = f'{1 - 1 / s**2:.{digits}f}'
+        if float(said) < 1 and _window(float(said)) == s: return said
+
 def _no_window(ratio, sides, where):
     "The error for a ratio that no window has, with the nearest that one of the `sides` has."
-    true = {s: 1 - 1 / s**2 for s in sorted(sides)}
-    near = [*[s for s in true if true[s] < ratio][-1:], *[s for s in true if true[s] > ratio][:1]]
-    said = [next(v for v in (f'{true[s]:.{n}f}' for n in range(3, 17)) if float(v) < 1 and _window(float(v)) == s) for s in near]
-    return UserError(f"grid dropping keeps one patch of every s×s, a ratio of 1 − 1/s²: found {ratio}, expected {' or '.join(said)}, the nearest {where}")
+    below = [s for s in sorted(sides) if 1 - 1 / s**2 < ratio]
+    above = [s for s in sorted(sides) if 1 - 1 / s**2 > ratio]
+    said = ' or '.join(_shortest(s) for s in below[-1:] + above[:1])
+    return UserError(f'grid dropping keeps one patch of every s×s, a ratio of 1 − 1/s²: found {ratio}, '
+                     f'expected {said}, the nearest {where}')
 
-# %% ../nbs/05_token_dropping.ipynb #c035
 def _stride(grid, ratio):
     "Side s of the grid strategy's windows."
-    _patches(grid, ratio); (h, w), s = grid, _window(ratio)
+    _patches(grid, ratio)
+    (h, w), s = grid, _window(ratio)
     if not s or h % s or w % s:
         fit = [s for s in range(1, min(h, w) + 1) if h % s == 0 and w % s == 0]
         raise _no_window(ratio, fit, f'on a grid of {h}×{w}; or use another image size, or the random strategy')
     return s
 
-# %% ../nbs/05_token_dropping.ipynb #c038
 def grid_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -88,21 +98,25 @@ def grid_ids(
 ) -> torch.Tensor: # int64 [b, N/s²], ascending; raises `UserError` where ratio or grid do not fit
     "One patch of every s × s window, the same one in all windows of a sample."
     (h, w), s = grid, _stride(grid, ratio)
-    lattice_K = (torch.arange(0, h, s, device=device)[:, None] * w + torch.arange(0, w, s, device=device)).flatten()
-    if corner is None: y_b1, x_b1 = torch.randint(s, (2, b, 1), **_chance(generator, device))
-    elif 0 <= min(corner) <= max(corner) < s: y_b1, x_b1 = (torch.full((b, 1), c, device=device) for c in corner)
-    else: raise UserError(f'found corner {corner}, expected a row and a column of a {s}×{s} window, from 0 to {s - 1}')
-    return lattice_K + y_b1 * w + x_b1
+    lattice_hw = torch.arange(0, h, s, device=device)[:, None] * w + torch.arange(0, w, s, device=device)
+    if corner is None:
+        y_b1, x_b1 = torch.randint(s, (2, b, 1), **_chance(generator, device))
+    elif 0 <= min(corner) <= max(corner) < s:
+        y_b1, x_b1 = (torch.full((b, 1), c, device=device) for c in corner)
+    else:
+        raise UserError(f'found corner {corner}, expected a row and a column of a {s}×{s} window, from 0 to {s - 1}')
+    return lattice_hw.flatten() + y_b1 * w + x_b1
 
-# %% ../nbs/05_token_dropping.ipynb #c041
+# %% ../nbs/05_token_dropping.ipynb #c026
 def _rectangle(grid, ratio):
     "Rows and columns the block strategy keeps."
     _patches(grid, ratio)
     kh, kw = (round(side * math.sqrt(1 - ratio)) for side in grid)
-    if min(kh, kw) < 1: raise UserError(f'found a grid of {grid[0]}×{grid[1]} patches and a ratio of {ratio}: a block of {kh}×{kw} leaves none, use a smaller ratio or a larger image')
+    if min(kh, kw) < 1:
+        raise UserError(f'found a grid of {grid[0]}×{grid[1]} patches and a ratio of {ratio}: '
+                        f'a block of {kh}×{kw} leaves none, use a smaller ratio or a larger image')
     return kh, kw
 
-# %% ../nbs/05_token_dropping.ipynb #c044
 def block_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -112,11 +126,12 @@ def block_ids(
 ) -> torch.Tensor: # int64 [b, round(h√(1−ratio)) · round(w√(1−ratio))], ascending; raises `UserError` where nothing is left
     "One rectangle of patches, anywhere it fits."
     (h, w), (kh, kw) = grid, _rectangle(grid, ratio)
-    block_K = (torch.arange(kh, device=device)[:, None] * w + torch.arange(kw, device=device)).flatten()
-    y_b1, x_b1 = (torch.randint(n, (b, 1), **_chance(generator, device)) for n in (h - kh + 1, w - kw + 1))
-    return block_K + y_b1 * w + x_b1
+    block_hw = torch.arange(kh, device=device)[:, None] * w + torch.arange(kw, device=device)
+    y_b1 = torch.randint(h - kh + 1, (b, 1), **_chance(generator, device))
+    x_b1 = torch.randint(w - kw + 1, (b, 1), **_chance(generator, device))
+    return block_hw.flatten() + y_b1 * w + x_b1
 
-# %% ../nbs/05_token_dropping.ipynb #c047
+# %% ../nbs/05_token_dropping.ipynb #c029
 def no_ids(
     b: int, # samples
     grid: tuple, # (h, w)
@@ -125,21 +140,26 @@ def no_ids(
     device=None, # where the ids are made
 ) -> torch.Tensor: # int64 [b, N]; raises `UserError` for another ratio
     "All patches of every sample."
-    return torch.arange(_all(grid, ratio), device=device).expand(b, -1)
-
-def _all(grid, ratio):
-    if ratio: raise UserError(f"found a drop ratio of {ratio} with the strategy 'none', expected 0: name a strategy (random, grid, block) or leave the ratio out")
-    return _patches(grid, ratio)
+    return torch.arange(_keep_all(grid, ratio), device=device).expand(b, -1)
 
 IMAGE_STRATEGIES = dict(none=no_ids, random=random_ids, grid=grid_ids, block=block_ids)
 
-# %% ../nbs/05_token_dropping.ipynb #c050
-_KEEPS = dict(none=_all, random=_some, grid=lambda grid, ratio: grid[0] * grid[1] // _stride(grid, ratio)**2,
-              block=lambda grid, ratio: math.prod(_rectangle(grid, ratio)))
+def _keep_all(grid, ratio):
+    if ratio:
+        raise UserError(f"found a drop ratio of {ratio} with the strategy 'none', expected 0: "
+                        'name a strategy (random, grid, block) or leave the ratio out')
+    return _patches(grid, ratio)
+
+def _keep_grid(grid, ratio): return grid[0] * grid[1] // _stride(grid, ratio)**2
+def _keep_block(grid, ratio): return math.prod(_rectangle(grid, ratio))
+
+_KEEPS = dict(none=_keep_all, random=_keep_random, grid=_keep_grid, block=_keep_block)
 
 def _known(strategy):
     "The name, if there is such a strategy; otherwise a `UserError`."
-    if strategy == 'resize': raise UserError("'resize' drops no tokens, it is a transform: set a smaller image_size (`resize_for` finds it) and the strategy 'none'")
+    if strategy == 'resize':
+        raise UserError("'resize' drops no tokens, it is a transform: "
+                        "set a smaller image_size (`resize_for` finds it) and the strategy 'none'")
     if strategy not in _KEEPS: raise unknown('image strategy', strategy, _KEEPS)
     return strategy
 
@@ -159,7 +179,7 @@ def true_ratio(
     "The share a strategy really drops, after rounding to whole patches."
     return 1 - n_keep(strategy, grid, ratio) / _patches(grid, ratio)
 
-# %% ../nbs/05_token_dropping.ipynb #c053
+# %% ../nbs/05_token_dropping.ipynb #c032
 def resize(
     image_BCHW: torch.Tensor, # pixels, uint8 or float
     size: int, # pixels along the new sides
@@ -167,19 +187,21 @@ def resize(
     "Pictures of another size, bilinear with antialiasing, as CLIPA-v2's pipeline does."
     if size < 1: raise UserError(f'found an image size of {size} pixels, expected 1 or more')
     small_BCSS = nn.functional.interpolate(image_BCHW.float(), size=(size, size), mode='bilinear', antialias=True)
-    return small_BCSS.round().to(image_BCHW.dtype) if image_BCHW.dtype == torch.uint8 else small_BCSS.to(image_BCHW.dtype)
+    if image_BCHW.dtype == torch.uint8: small_BCSS = small_BCSS.round()
+    return small_BCSS.to(image_BCHW.dtype)
 
-# %% ../nbs/05_token_dropping.ipynb #c056
 def resize_for(
     tokens: int, # wanted number of patches, without class token
     patch: int, # pixels along a patch's side
 ) -> int: # pixels along the side; raises `UserError` for less than one token
     "The image size whose number of patches is nearest to a budget."
-    if tokens < 1 or patch < 1: raise UserError(f'found a budget of {tokens} tokens of {patch} pixels, expected 1 or more of each')
+    if tokens < 1 or patch < 1:
+        raise UserError(f'found a budget of {tokens} tokens of {patch} pixels, expected 1 or more of each')
     side = max(1, math.isqrt(tokens))
-    return patch * min((side, side + 1), key=lambda s: abs(s * s - tokens))
+    larger = side + 1
+    return patch * (larger if abs(larger**2 - tokens) < abs(side**2 - tokens) else side)
 
-# %% ../nbs/05_token_dropping.ipynb #c079
+# %% ../nbs/05_token_dropping.ipynb #c057
 class TokenDrop(nn.Module):
     "Drops image tokens while training; the identity otherwise."
     def __init__(self,
@@ -190,18 +212,24 @@ class TokenDrop(nn.Module):
         super().__init__()
         self.name = getattr(strategy, '__name__', repr(strategy)) if callable(strategy) else _known(strategy)
         self.strategy = strategy if callable(strategy) else IMAGE_STRATEGIES[strategy]
-        (_all if strategy == 'none' else _patches)((1, 1), ratio) # a wrong ratio is found now, not in the first step
+        check = _keep_all if strategy == 'none' else _patches
+        check((1, 1), ratio) # a wrong ratio is found now, not in the first step
         if strategy == 'grid' and not _window(ratio): raise _no_window(ratio, range(1, 65), 'there are')
-        if n_prefix < 0: raise UserError(f'found n_prefix = {n_prefix}, expected 0 or more: the tokens in front that belong to no patch, 1 for a class token')
+        if n_prefix < 0:
+            raise UserError(f'found n_prefix = {n_prefix}, expected 0 or more: '
+                            'the tokens in front that belong to no patch, 1 for a class token')
         self.ratio, self.n_prefix = ratio, n_prefix
 
     def forward(self, x_BND, grid):
         (b, rows), (h, w), p = x_BND.shape[:2], grid, self.n_prefix
-        if rows != p + _patches((h, w), self.ratio): raise UserError(f'found {rows} tokens, expected {p} + {h}×{w}: pass the grid of the whole image, and drop once')
+        if rows != p + _patches((h, w), self.ratio):
+            raise UserError(f'found {rows} tokens, expected {p} + {h}×{w}: pass the grid of the whole image, and drop once')
         if not (self.training and self.ratio): return x_BND, torch.arange(h * w, device=x_BND.device).expand(b, -1)
-        ids_BK = self.strategy(b, (h, w), self.ratio, device=x_BND.device); kind = getattr(ids_BK, 'dtype', type(ids_BK).__name__)
-        if kind != torch.int64: raise UserError(f'the strategy {self.name} gave {kind}, expected ids [B,K]: an int64 tensor')
+        ids_BK = self.strategy(b, (h, w), self.ratio, device=x_BND.device)
+        kind = getattr(ids_BK, 'dtype', type(ids_BK).__name__)
+        if kind != torch.int64:
+            raise UserError(f'the strategy {self.name} gave {kind}, expected ids [B,K]: an int64 tensor')
         x_BKD = take_tokens(x_BND[:, p:], ids_BK)
-        return (torch.cat([x_BND[:, :p], x_BKD], 1) if p else x_BKD), ids_BK
+        return torch.cat([x_BND[:, :p], x_BKD], 1) if p else x_BKD, ids_BK
 
     def extra_repr(self): return f'{self.name}, ratio={self.ratio}, n_prefix={self.n_prefix}'

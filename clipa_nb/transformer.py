@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAUSAL', 'IMPLS', 'LONG', 'ACTS', 'CHECKPOINTING', 'JAX_DEPTH', 'INITS', 'causal_mask', 'pad_mask', 'reading_weights',
-           'attention', 'pick_attention', 'Attention', 'gelu_tanh', 'quick_gelu', 'function_name', 'MLP', 'Block',
+           'pick_attention', 'attention', 'Attention', 'gelu_tanh', 'quick_gelu', 'function_name', 'MLP', 'Block',
            'DropPath', 'ScaledBlock', 'Encoder', 'xavier_', 'init_encoder']
 
 # %% ../nbs/08_transformer.ipynb #c002
@@ -25,7 +25,6 @@ def causal_mask(
     "Each token may read itself and what came before."
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
-# %% ../nbs/08_transformer.ipynb #c012
 def pad_mask(
     ids_BT, # int64 token ids, padded with 0 at the end
 ) -> torch.Tensor: # bool [B,T], True where a token is real; the first always is
@@ -34,15 +33,14 @@ def pad_mask(
     real_BT[:, 0] = True
     return real_BT
 
-# %% ../nbs/08_transformer.ipynb #c015
-def _checked(mask, n, device):
+# %% ../nbs/08_transformer.ipynb #c012
+def _as_matrix(mask, n, device):
     "The word as a matrix, a boolean mask as it is, nothing else."
     if mask is None or getattr(mask, 'dtype', None) == torch.bool: return mask
     if isinstance(mask, str) and mask == CAUSAL: return causal_mask(n, device)
     found = repr(mask) if isinstance(mask, str) else f'a mask of {getattr(mask, "dtype", type(mask).__name__)}'
     raise UserError(f"found {found}, expected a boolean tensor, 'causal' or None: True is where a query may read a key")
 
-# %% ../nbs/08_transformer.ipynb #c018
 def reading_weights(
     q_BHNd, # queries
     k_BHNd, # keys
@@ -50,18 +48,29 @@ def reading_weights(
 ) -> torch.Tensor: # [B,H,N,N], in fp32 at least
     "Who reads whom: each row sums to one."
     s_BHNN = (q_BHNd * q_BHNd.shape[-1]**-0.5) @ k_BHNd.transpose(-2, -1)
-    mask = _checked(mask, s_BHNN.shape[-1], s_BHNN.device)
+    mask = _as_matrix(mask, s_BHNN.shape[-1], s_BHNN.device)
     if mask is not None: s_BHNN = s_BHNN.masked_fill(~mask, float('-inf'))
     return s_BHNN.softmax(-1, dtype=torch.promote_types(s_BHNN.dtype, torch.float32))
 
-# %% ../nbs/08_transformer.ipynb #c021
+# %% ../nbs/08_transformer.ipynb #c013
+IMPLS = ('auto', 'matmul', 'sdpa')
+LONG = 1024 # tokens from which a matrix of all scores is too large to be kept
+
+def pick_attention(
+    device: str, # 'cpu', 'cuda', …
+    dtype: torch.dtype, # of the queries: under autocast bf16, whatever the weights are
+    n: int = 0, # tokens that are read
+) -> str: # 'matmul' or 'sdpa'
+    "The faster attention for training, by device, type and length: `tests/bench/attention.py` measures it."
+    half = dtype in (torch.bfloat16, torch.float16)
+    return 'matmul' if device == 'cpu' and half and n < LONG else 'sdpa'
+
 def _fused(q_BHNd, k_BHNd, v_BHNd, mask):
     "PyTorch's own; it picks a kernel by device and mask."
-    if isinstance(mask, str) and mask == CAUSAL: return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, is_causal=True)
-    return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=_checked(mask, q_BHNd.shape[-2], q_BHNd.device))
-
-# %% ../nbs/08_transformer.ipynb #c024
-IMPLS = ('auto', 'matmul', 'sdpa')
+    if isinstance(mask, str) and mask == CAUSAL:
+        return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, is_causal=True)
+    mask = _as_matrix(mask, q_BHNd.shape[-2], q_BHNd.device)
+    return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask)
 
 def attention(
     q_BHNd, # queries, one for each head and token
@@ -76,19 +85,7 @@ def attention(
     if impl != 'matmul': raise unknown('attention', impl, IMPLS)
     return reading_weights(q_BHNd, k_BHNd, mask).to(v_BHNd.dtype) @ v_BHNd
 
-# %% ../nbs/08_transformer.ipynb #c041
-LONG = 1024 # tokens from which a matrix of all scores is too large to be kept
-
-def pick_attention(
-    device: str, # 'cpu', 'cuda', …
-    dtype: torch.dtype, # of the queries: under autocast bf16, whatever the weights are
-    n: int = 0, # tokens that are read
-) -> str: # 'matmul' or 'sdpa'
-    "The faster attention for training, by device, type and length: `tests/bench/attention.py` measures it."
-    half = dtype in (torch.bfloat16, torch.float16)
-    return 'matmul' if device == 'cpu' and half and n < LONG else 'sdpa'
-
-# %% ../nbs/08_transformer.ipynb #c046
+# %% ../nbs/08_transformer.ipynb #c023
 class Attention(nn.Module):
     "Multi-head self-attention with one fused projection for queries, keys and values."
     def __init__(self,
@@ -97,7 +94,8 @@ class Attention(nn.Module):
         impl: str = 'auto', # one of `IMPLS`
     ):
         super().__init__()
-        if width % heads: raise UserError(f'width {width} is not divisible by {heads} heads: the heads share the width evenly')
+        if width % heads:
+            raise UserError(f'width {width} is not divisible by {heads} heads: the heads share the width evenly')
         if impl not in IMPLS: raise unknown('attention', impl, IMPLS)
         self.heads, self.impl = heads, impl
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
@@ -106,43 +104,38 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    def qkv(self, x_BND):
+        "Queries, keys and values, each [B,H,N,d]."
+        b, n, w = x_BND.shape
+        qkv = F.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
+        return qkv.view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x_BND, mask=None):
+        "Project, split into heads, read, join, project."
+        y_BHNd = attention(*self.qkv(x_BND), mask, self.impl)
+        return self.out_proj(y_BHNd.transpose(1, 2).reshape(x_BND.shape))
+
     def extra_repr(self): return f'heads={self.heads}, impl={self.impl!r}'
 
-# %% ../nbs/08_transformer.ipynb #c049
-def _qkv(self, x_BND):
-    "Queries, keys and values, each [B,H,N,d]."
-    b, n, w = x_BND.shape
-    qkv = F.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
-    return qkv.view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-def _attention_forward(self, x_BND, mask=None):
-    "Project, split into heads, read, join, project."
-    y_BHNd = attention(*self.qkv(x_BND), mask, self.impl)
-    return self.out_proj(y_BHNd.transpose(1, 2).reshape(x_BND.shape))
-
-Attention.qkv, Attention.forward = _qkv, _attention_forward
-
-# %% ../nbs/08_transformer.ipynb #c054
+# %% ../nbs/08_transformer.ipynb #c028
 def gelu_tanh(x):
     "The tanh approximation of GELU, which flax uses by default and CLIPA was trained with."
     return F.gelu(x, approximate='tanh')
 
-# %% ../nbs/08_transformer.ipynb #c057
 def quick_gelu(x):
     "x · σ(1.702 x): OpenAI's CLIP."
     return x * torch.sigmoid(1.702 * x)
 
 ACTS = dict(gelu=F.gelu, gelu_tanh=gelu_tanh, quick_gelu=quick_gelu)
 
-# %% ../nbs/08_transformer.ipynb #c061
 def function_name(
     f, # a function, one with bound arguments, or any other callable
 ) -> str: # such as 'gelu_tanh' or 'eos(eos_id=2)'
     "A function by its name, with what is bound to it."
-    if isinstance(f, partial): return f"{function_name(f.func)}({', '.join([*map(repr, f.args), *(f'{k}={v!r}' for k, v in f.keywords.items())])})"
-    return getattr(f, '__name__', type(f).__name__)
+    if not isinstance(f, partial): return getattr(f, '__name__', type(f).__name__)
+    bound = [*map(repr, f.args), *(f'{k}={v!r}' for k, v in f.keywords.items())]
+    return f"{function_name(f.func)}({', '.join(bound)})"
 
-# %% ../nbs/08_transformer.ipynb #c064
 class MLP(nn.Module):
     "Two linear layers with an activation between, for each token alone."
     def __init__(self,
@@ -158,9 +151,9 @@ class MLP(nn.Module):
     def forward(self, x_BND): return self.c_proj(self.act(self.c_fc(x_BND)))
     def extra_repr(self): return f'act={function_name(self.act)}'
 
-# %% ../nbs/08_transformer.ipynb #c067
+# %% ../nbs/08_transformer.ipynb #c032
 class Block(nn.Module):
-    "Read the others, then think alone; each time on a normalised copy, added back."
+    "Attention, then the MLP; each on a normalised copy, added back."
     def __init__(self,
         width: int, # D
         heads: int, # of the attention
@@ -170,16 +163,18 @@ class Block(nn.Module):
         impl: str = 'auto', # one of `IMPLS`
     ):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width, ln_eps), Attention(width, heads, impl)
-        self.ln_2, self.mlp = nn.LayerNorm(width, ln_eps), MLP(width, mlp, act)
+        self.ln_1 = nn.LayerNorm(width, ln_eps)
+        self.attn = Attention(width, heads, impl)
+        self.ln_2 = nn.LayerNorm(width, ln_eps)
+        self.mlp = MLP(width, mlp, act)
 
     def forward(self, x_BND, mask=None):
         x_BND = x_BND + self.attn(self.ln_1(x_BND), mask)
         return x_BND + self.mlp(self.ln_2(x_BND))
 
-# %% ../nbs/08_transformer.ipynb #c071
+# %% ../nbs/08_transformer.ipynb #c036
 class DropPath(nn.Module):
-    "While training, sets the whole of a sample to zero with probability `p`; the others are scaled up, so that the mean stays."
+    "While training, zeroes a sample with probability `p`; the others are scaled up, so that the mean stays."
     def __init__(self,
         p: float, # in [0, 1)
     ):
@@ -194,7 +189,6 @@ class DropPath(nn.Module):
 
     def extra_repr(self): return f'p={self.p}'
 
-# %% ../nbs/08_transformer.ipynb #c074
 class ScaledBlock(Block):
     "A block whose branches are scaled by learned vectors and may be skipped in training."
     def __init__(self,
@@ -205,33 +199,35 @@ class ScaledBlock(Block):
     ):
         super().__init__(*args, **kwargs)
         width = self.attn.out_proj.out_features
-        self.ls_1, self.ls_2 = (nn.Parameter(torch.full((width,), scale)) for _ in range(2))
+        self.ls_1 = nn.Parameter(torch.full((width,), scale))
+        self.ls_2 = nn.Parameter(torch.full((width,), scale))
         self.drop = DropPath(drop)
 
     def forward(self, x_BND, mask=None):
         x_BND = x_BND + self.drop(self.ls_1 * self.attn(self.ln_1(x_BND), mask))
         return x_BND + self.drop(self.ls_2 * self.mlp(self.ln_2(x_BND)))
 
-# %% ../nbs/08_transformer.ipynb #c079
-_FUSED = {getattr(torch.ops.aten, name).default for name in (
-    '_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_efficient_attention', '_scaled_dot_product_cudnn_attention')
-    if hasattr(torch.ops.aten, name)}
+# %% ../nbs/08_transformer.ipynb #c040
+_FUSED_NAMES = ('_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_attention_for_cpu',
+                '_scaled_dot_product_efficient_attention', '_scaled_dot_product_cudnn_attention')
+_FUSED = {getattr(torch.ops.aten, name).default for name in _FUSED_NAMES if hasattr(torch.ops.aten, name)}
 
-def _dear(ctx, op, *args, **kwargs):
+def _expensive(ctx, op, *args, **kwargs):
     "Keep what linear layers and fused attention give; make the rest again."
-    aten = torch.ops.aten
-    a, b = args[1:3] if op is aten.addmm.default else args[:2] if op is aten.mm.default else (None, None)
-    keep = op in _FUSED or (a is not None and a.shape[1] <= b.shape[1])
+    keep = op in _FUSED
+    if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+        a, b = args[-2:]
+        keep = a.shape[1] <= b.shape[1] # the last product of an MLP narrows
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-# %% ../nbs/08_transformer.ipynb #c082
-def _kept(block, x_BND, mask): return block(x_BND, mask)
-def _again(block, x_BND, mask): return checkpoint(block, x_BND, mask, use_reentrant=False)
-def _partly(block, x_BND, mask): return checkpoint(block, x_BND, mask, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _dear))
+def _keep_all(block, x_BND, mask): return block(x_BND, mask)
+def _recompute_all(block, x_BND, mask): return checkpoint(block, x_BND, mask, use_reentrant=False)
+def _recompute_cheap(block, x_BND, mask):
+    contexts = partial(create_selective_checkpoint_contexts, _expensive)
+    return checkpoint(block, x_BND, mask, use_reentrant=False, context_fn=contexts)
 
-CHECKPOINTING = dict(none=_kept, full=_again, selective=_partly)
+CHECKPOINTING = dict(none=_keep_all, full=_recompute_all, selective=_recompute_cheap)
 
-# %% ../nbs/08_transformer.ipynb #c085
 class Encoder(nn.Module):
     "A stack of blocks."
     def __init__(self,
@@ -250,16 +246,13 @@ class Encoder(nn.Module):
         self.width, self.depth, self.heads, self.checkpointing = width, depth, heads, checkpointing
         self.blocks = nn.ModuleList(block(width, heads, mlp, act, ln_eps, impl) for _ in range(depth))
 
-# %% ../nbs/08_transformer.ipynb #c088
-def _encoder_forward(self, x_BND, mask=None):
-    "Through all blocks, kept or recomputed as the caller chose."
-    run = CHECKPOINTING[self.checkpointing] if torch.is_grad_enabled() else _kept
-    for block in self.blocks: x_BND = run(block, x_BND, mask)
-    return x_BND
+    def forward(self, x_BND, mask=None):
+        "Through all blocks, kept or recomputed as the caller chose."
+        run = CHECKPOINTING[self.checkpointing] if torch.is_grad_enabled() else _keep_all
+        for block in self.blocks: x_BND = run(block, x_BND, mask)
+        return x_BND
 
-Encoder.forward = _encoder_forward
-
-# %% ../nbs/08_transformer.ipynb #c098
+# %% ../nbs/08_transformer.ipynb #c058
 def xavier_(
     w, # [out,in], or several such matrices stacked in the first axis
     stacked: int = 1, # how many
@@ -268,50 +261,43 @@ def xavier_(
     bound = (6 / (w.shape[0] / stacked + w.shape[1])) ** 0.5
     nn.init.uniform_(w, -bound, bound)
 
-# %% ../nbs/08_transformer.ipynb #c101
-def _weights(block): return block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
+JAX_DEPTH = 12 # what CLIPA's JAX code takes for the depth of every tower
 
-# %% ../nbs/08_transformer.ipynb #c104
+def _weights(block):
+    return block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
+
 def _zero_biases(block):
-    for b in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias): nn.init.zeros_(b)
+    for b in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
+        nn.init.zeros_(b)
 
-# %% ../nbs/08_transformer.ipynb #c107
 def _jax(block, width, depth):
     _zero_biases(block)
     for w, stacked in zip(_weights(block), (3, 1, 1, 1)): xavier_(w, stacked)
 
-# %% ../nbs/08_transformer.ipynb #c110
 def _normal(block, width, depth):
     std = width**-0.5
-    for w, s in zip(_weights(block), (std, std * (2 * depth)**-0.5, (2 * width)**-0.5, std * (2 * depth)**-0.5)): nn.init.normal_(w, std=s)
-
-# %% ../nbs/08_transformer.ipynb #c113
-JAX_DEPTH = 12 # what CLIPA's JAX code takes for the depth of every tower
+    outgoing = std * (2 * depth)**-0.5
+    for w, s in zip(_weights(block), (std, outgoing, (2 * width)**-0.5, outgoing)): nn.init.normal_(w, std=s)
 
 def _jax_text(block, width, depth):
     _zero_biases(block)
     _normal(block, width, JAX_DEPTH)
 
-# %% ../nbs/08_transformer.ipynb #c116
 def _open_clip(block, width, depth):
     for m in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj): m.reset_parameters()
     nn.init.xavier_uniform_(block.attn.in_proj_weight)
     for b in (block.attn.in_proj_bias, block.attn.out_proj.bias): nn.init.zeros_(b)
 
-# %% ../nbs/08_transformer.ipynb #c119
 def _open_clip_text(block, width, depth):
     _open_clip(block, width, depth)
     _normal(block, width, depth)
 
-# %% ../nbs/08_transformer.ipynb #c122
 def _small(block, width, depth):
     _jax(block, width, depth)
     for w in _weights(block)[1::2]: nn.init.zeros_(w)
 
-# %% ../nbs/08_transformer.ipynb #c125
 INITS = dict(jax=_jax, jax_text=_jax_text, open_clip=_open_clip, open_clip_text=_open_clip_text, small=_small)
 
-# %% ../nbs/08_transformer.ipynb #c128
 def init_encoder(
     encoder: Encoder, # changed in place
     style: str = 'jax', # a name in `INITS`

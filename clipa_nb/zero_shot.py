@@ -8,14 +8,15 @@ __all__ = ['evaluating', 'fill', 'context_of', 'check_names', 'class_vectors', '
            'zero_shot', 'predict', 'confusion', 'accuracy']
 
 # %% ../nbs/15_zero_shot.ipynb #c002
-import contextlib, warnings
+import contextlib
+import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from .core import LOCAL, UserError
 
-# %% ../nbs/15_zero_shot.ipynb #c013
+# %% ../nbs/15_zero_shot.ipynb #c015
 @contextlib.contextmanager
 def evaluating(model): # anything with `encode_image` and `encode_text`
     "No dropped tokens and no gradients inside; every module is left in the mode it was in."
@@ -26,19 +27,23 @@ def evaluating(model): # anything with `encode_image` and `encode_text`
     finally:
         for m, mode in before.items(): m.training = mode
 
-# %% ../nbs/15_zero_shot.ipynb #c016
+# %% ../nbs/15_zero_shot.ipynb #c018
 def fill(
     template, # a format string with `{}`, or a function from name to prompt
     name: str, # of the class
 ) -> str: # the prompt; raises `UserError` for a string without a place for the name, or with one for something else
     "One prompt."
     if callable(template): return template(name)
-    try: prompt, *two = (template.format(n) for n in (name, 'a', 'b'))
-    except (LookupError, ValueError, AttributeError, TypeError): two = ['', '']
-    if two[0] == two[1]: raise UserError(f"template {template!r} has no place for the class name, or asks for more: write {{}} where it goes, as in 'a photo of a {{}}.'")
+    try:
+        prompt, *two = (template.format(n) for n in (name, 'a', 'b'))
+    except (LookupError, ValueError, AttributeError, TypeError):
+        two = ['', '']
+    if two[0] == two[1]:
+        advice = "write {} where it goes, as in 'a photo of a {}.'"
+        raise UserError(f'template {template!r} has no place for the class name, or asks for more: {advice}')
     return prompt
 
-# %% ../nbs/15_zero_shot.ipynb #c019
+# %% ../nbs/15_zero_shot.ipynb #c021
 def context_of(
     model, # ours, open_clip's, or anything else
 ): # positions of its text tower, or None where it does not say
@@ -47,7 +52,7 @@ def context_of(
         if getattr(holder, name, None) is not None: return int(getattr(holder, name))
     return None
 
-# %% ../nbs/15_zero_shot.ipynb #c022
+# %% ../nbs/15_zero_shot.ipynb #c024
 def check_names(
     ids_MLT, # prompts as token ids: classes × templates × tokens
     names: list, # of the classes
@@ -57,10 +62,13 @@ def check_names(
     for k, rows in enumerate(ids_MLT.cpu().numpy()):
         twin = first.setdefault(rows.tobytes(), k)
         if twin != k: lost.append((names[twin], names[k]))
-    if lost: warnings.warn(f'{len(lost)} of {len(names)} class names have the same {ids_MLT.shape[-1]} tokens as another in every prompt, first {lost[0][0]!r} and {lost[0][1]!r}: '
-                           'use different names, a longer context, shorter templates, or the text strategy of training', stacklevel=3)
+    if not lost: return
+    (a, b), T = lost[0], ids_MLT.shape[-1]
+    found = f'{len(lost)} of {len(names)} class names have the same {T} tokens as another in every prompt, first {a!r} and {b!r}'
+    advice = 'use different names, a longer context, shorter templates, or the text strategy of training'
+    warnings.warn(f'{found}: {advice}', stacklevel=3)
 
-# %% ../nbs/15_zero_shot.ipynb #c025
+# %% ../nbs/15_zero_shot.ipynb #c027
 def class_vectors(
     model, # has `encode_text(ids, normalize)` and `logit_scale`
     tokenizer, # texts → int64 ids [N,T]
@@ -72,21 +80,26 @@ def class_vectors(
     progress: bool = False, # show a bar
 ) -> torch.Tensor: # [M,E], unit rows, on the model's device; raises `UserError` for empty lists
     "The mean direction of each class's prompts, renormalised."
-    names, templates = list(names), [templates] if isinstance(templates, str) or callable(templates) else list(templates)
-    if not names or not templates: raise UserError(f'{len(names)} class names and {len(templates)} templates: a zero-shot head needs at least one of each')
-    if classes_per_batch is not None and classes_per_batch < 1: raise UserError(f'{classes_per_batch} classes per batch: use at least 1, or None for all at once')
+    names = list(names)
+    templates = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
+    if not names or not templates:
+        found = f'{len(names)} class names and {len(templates)} templates'
+        raise UserError(f'{found}: a zero-shot head needs at least one of each')
+    if classes_per_batch is not None and classes_per_batch < 1:
+        raise UserError(f'{classes_per_batch} classes per batch: use at least 1, or None for all at once')
     context_length = context_of(model) if context_length is None else context_length
     options = {k: v for k, v in dict(context_length=context_length, strategy=strategy).items() if v is not None}
     ids_NT = tokenizer([fill(t, n) for n in names for t in templates], **options)
     check_names(ids_NT.view(len(names), len(templates), -1), names)
-    step, rows = len(templates) * (classes_per_batch or len(names)), []
+    step, device, rows = len(templates) * (classes_per_batch or len(names)), model.logit_scale.device, []
     with evaluating(model):
         for i in tqdm(range(0, len(ids_NT), step), disable=not progress, desc='class vectors'):
-            z_NE = model.encode_text(ids_NT[i:i + step].to(model.logit_scale.device), normalize=True).float()
-            rows.append(F.normalize(z_NE.view(-1, len(templates), z_NE.shape[1]).mean(1), dim=1))
+            z_NE = model.encode_text(ids_NT[i:i + step].to(device), normalize=True).float()
+            mean_ME = z_NE.view(-1, len(templates), z_NE.shape[1]).mean(1)
+            rows.append(F.normalize(mean_ME, dim=1))
     return torch.cat(rows)
 
-# %% ../nbs/15_zero_shot.ipynb #c028
+# %% ../nbs/15_zero_shot.ipynb #c030
 def linear(
     w_ME, # weights
     b_M=None, # biases; None leaves them out
@@ -97,7 +110,7 @@ def linear(
     if b_M is not None: head.bias = nn.Parameter(b_M)
     return head
 
-# %% ../nbs/15_zero_shot.ipynb #c031
+# %% ../nbs/15_zero_shot.ipynb #c033
 def text_head(
     model, # as for `class_vectors`
     tokenizer, # as for `class_vectors`
@@ -108,7 +121,7 @@ def text_head(
     "A linear classifier made of words."
     return linear(class_vectors(model, tokenizer, names, templates, **options))
 
-# %% ../nbs/15_zero_shot.ipynb #c034
+# %% ../nbs/15_zero_shot.ipynb #c036
 def build_zero_shot_classifier(
     model, # as for `class_vectors`
     tokenizer, # as for `class_vectors`
@@ -119,9 +132,10 @@ def build_zero_shot_classifier(
     use_tqdm: bool = False, # show a bar
 ) -> torch.Tensor: # [E,M], unit columns
     "open_clip's name, arguments and layout for the same class weights."
-    return class_vectors(model, tokenizer, classnames, templates, classes_per_batch=num_classes_per_batch, progress=use_tqdm).T.to(device)
+    options = dict(classes_per_batch=num_classes_per_batch, progress=use_tqdm)
+    return class_vectors(model, tokenizer, classnames, templates, **options).T.to(device)
 
-# %% ../nbs/15_zero_shot.ipynb #c038
+# %% ../nbs/15_zero_shot.ipynb #c039
 def batched(
     images, # [B,3,H,W]
     labels, # [B]
@@ -132,16 +146,18 @@ def batched(
     labels = torch.as_tensor(labels)
     return [dict(image=images[i:i + size], label=labels[i:i + size]) for i in range(0, len(images), size)]
 
-# %% ../nbs/15_zero_shot.ipynb #c041
+# %% ../nbs/15_zero_shot.ipynb #c042
 def scores(
     model, # has `encode_image(x, normalize)` and `logit_scale`
     images, # [b,3,H,W], uint8 or float, on any device
     head: nn.Linear, # E → M
 ) -> torch.Tensor: # [b,M], on the model's device, without gradients
     "What a head says of images: cosines, for a `text_head`."
-    with evaluating(model): return head(model.encode_image(images.to(model.logit_scale.device), normalize=True).to(head.weight.dtype))
+    with evaluating(model):
+        z_bE = model.encode_image(images.to(model.logit_scale.device), normalize=True)
+        return head(z_bE.to(head.weight.dtype))
 
-# %% ../nbs/15_zero_shot.ipynb #c044
+# %% ../nbs/15_zero_shot.ipynb #c045
 def not_below(
     score_bM, # one score for each class
     right_b, # the right class
@@ -150,40 +166,45 @@ def not_below(
     own_b1 = score_bM.gather(1, right_b[:, None])
     return (~(score_bM < own_b1)).sum(1) - 1
 
-# %% ../nbs/15_zero_shot.ipynb #c047
+# %% ../nbs/15_zero_shot.ipynb #c048
 def share(
     data, # batches: a list, or anything that can be iterated; the same on every rank
     comm=LOCAL, # who shares them
 ): # an iterator over this rank's batches: number rank, rank + size, …
     "Deal out batches to ranks; a sequence reads only the batches that are this rank's."
-    if hasattr(data, '__getitem__') and hasattr(data, '__len__'): return (data[i] for i in range(comm.rank, len(data), comm.size))
+    if hasattr(data, '__getitem__') and hasattr(data, '__len__'):
+        return (data[i] for i in range(comm.rank, len(data), comm.size))
     return (batch for i, batch in enumerate(data) if i % comm.size == comm.rank)
 
-# %% ../nbs/15_zero_shot.ipynb #c050
+# %% ../nbs/15_zero_shot.ipynb #c051
 @contextlib.contextmanager
 def together(comm=LOCAL): # who must agree
     "What happens inside succeeds on all ranks, or raises on all of them; no collectives inside."
     error = None
-    try: yield
-    except Exception as e: error = e
+    try:
+        yield
+    except Exception as e:
+        error = e
     failed = comm.all_max(torch.tensor(float(error is not None)))
     if error is not None: raise error
     if failed > 0: raise UserError('the evaluation failed on another rank: its message says why')
 
-# %% ../nbs/15_zero_shot.ipynb #c053
+# %% ../nbs/15_zero_shot.ipynb #c054
 def labelled(
     batch: dict, # one batch
     classes: int, # of the head
     device, # where the model is
 ) -> tuple: # (images, labels) there; raises `UserError`
     "The two things a labelled batch must hold."
-    if missing := [k for k in ('image', 'label') if k not in batch]: raise UserError(f"a batch with {', '.join(batch)} has no {' and no '.join(missing)}")
+    missing = [k for k in ('image', 'label') if k not in batch]
+    if missing: raise UserError(f"a batch with {', '.join(batch)} has no {' and no '.join(missing)}")
     label_b = torch.as_tensor(batch['label'])
     if len(label_b) and not 0 <= int(label_b.min()) <= int(label_b.max()) < classes:
-        raise UserError(f'labels from {int(label_b.min())} to {int(label_b.max())}, but the head has {classes} classes, counted from 0: give one name for each class')
+        found = f'labels from {int(label_b.min())} to {int(label_b.max())}'
+        raise UserError(f'{found}, but the head has {classes} classes, counted from 0: give one name for each class')
     return batch['image'].to(device), label_b.to(device, torch.int64)
 
-# %% ../nbs/15_zero_shot.ipynb #c056
+# %% ../nbs/15_zero_shot.ipynb #c057
 def tally(
     model, data, head, # as for `zero_shot`
     count, # (scores [b,M], labels [b]) → int64, always of the same shape
@@ -198,10 +219,11 @@ def tally(
             image, label_b = labelled(batch, head.out_features, device)
             if len(label_b): total += count(scores(model, image, head), label_b)
     total = comm.all_sum(total.cpu())
-    if not int(total.sum()): raise UserError('there is no image to evaluate: the data set is empty, or its iterator was used up before')
+    if not int(total.sum()):
+        raise UserError('there is no image to evaluate: the data set is empty, or its iterator was used up before')
     return total
 
-# %% ../nbs/15_zero_shot.ipynb #c059
+# %% ../nbs/15_zero_shot.ipynb #c060
 def zero_shot(
     model, # has `encode_image(x, normalize)` and `logit_scale`
     data, # batches of {'image', 'label'}, the same on every rank
@@ -211,17 +233,20 @@ def zero_shot(
 ) -> dict: # 'top1', 'top5', …; 'mean_per_class' (top-1, each class weighs the same); 'n' images
     "Top-k accuracy; the same floats on every rank and for any number of ranks."
     ks, M = tuple(ks), head.out_features
-    if bad := [k for k in ks if not 1 <= k <= M]: raise UserError(f'top-{bad[0]} of {M} classes: k is between 1 and the number of classes')
+    bad = [k for k in ks if not 1 <= k <= M]
+    if bad: raise UserError(f'top-{bad[0]} of {M} classes: k is between 1 and the number of classes')
+
     def count(score_bM, label_b):
         rank_b = not_below(score_bM, label_b)
         rows = torch.stack([torch.ones_like(rank_b), *(rank_b < k for k in (1, *ks))])
         return rows.new_zeros(len(rows), M).index_add_(1, label_b, rows)
+
     seen_M, first_M, *hits = tally(model, data, head, count, (len(ks) + 2, M), comm)
     n, there = int(seen_M.sum()), seen_M > 0
     out = {f'top{k}': int(h.sum()) / n for k, h in zip(ks, hits)}
     return dict(out, mean_per_class=float((first_M[there] / seen_M[there].double()).mean()), n=float(n))
 
-# %% ../nbs/15_zero_shot.ipynb #c066
+# %% ../nbs/15_zero_shot.ipynb #c067
 def predict(
     model, # as for `zero_shot`
     images, # [B,3,H,W]
@@ -232,24 +257,30 @@ def predict(
     if not len(images): return torch.zeros(0, dtype=torch.int64)
     return torch.cat([scores(model, x, head).argmax(1).cpu() for x in images.split(size)])
 
-# %% ../nbs/15_zero_shot.ipynb #c069
+# %% ../nbs/15_zero_shot.ipynb #c070
 def confusion(
     model, data, head, # as for `zero_shot`
     comm=LOCAL, # ranks share the batches
 ) -> torch.Tensor: # int64 [M,M]: rows are the true classes, columns the predicted ones
     "Who is taken for whom."
     M = head.out_features
-    count = lambda score_bM, label_b: torch.bincount(label_b * M + score_bM.argmax(1), minlength=M * M)
+
+    def count(score_bM, label_b):
+        return torch.bincount(label_b * M + score_bM.argmax(1), minlength=M * M)
+
     return tally(model, data, head, count, (M * M,), comm).view(M, M)
 
-# %% ../nbs/15_zero_shot.ipynb #c072
+# %% ../nbs/15_zero_shot.ipynb #c073
 def accuracy(
     confusion_MM, # from `confusion`
     classes=None, # count only images of these classes; they stay ranked over all
     groups=None, # [M] a group for each class: right means the right group, such as the right colour
 ) -> float: # raises `UserError` where no image is left
     "Accuracy of a part of the images, or of a part of the answer."
-    groups, rows = (torch.arange(len(confusion_MM)) if v is None else torch.as_tensor(v) for v in (groups, classes))
+    every = torch.arange(len(confusion_MM))
+    groups = every if groups is None else torch.as_tensor(groups)
+    rows = every if classes is None else torch.as_tensor(classes)
     part_RM, right_RM = confusion_MM[rows], groups[rows, None] == groups[None]
-    if not int(part_RM.sum()): raise UserError('no image of these classes was seen: choose classes that the data holds')
+    if not int(part_RM.sum()):
+        raise UserError('no image of these classes was seen: choose classes that the data holds')
     return int((part_RM * right_RM).sum()) / int(part_RM.sum())

@@ -65,7 +65,8 @@ def own(finished, tmp_path_factory):
     return root
 
 def test_eval_on_own_data(finished, own, tmp_path):
-    from clipa_nb.cli import Questions, eval_model
+    from clipa_nb.app.questions import Questions
+    from clipa_nb.cli import eval_model
     ask = lambda **kw: eval_model(str(finished / 'model'), Questions(device='cpu', **kw))['metrics']
     where = lambda name: str(own / name)
     folders = ask(suite='zero-shot', val_data=(where('classes'),))
@@ -81,7 +82,8 @@ def test_eval_refuses(clipa, finished, own, tmp_path):
     for out in (tmp_path / 'nodir' / 'x.json', tmp_path): bad(clipa, 'eval', finished / 'model', '--out', out, says='give a file in a directory that exists')
     bad(clipa, 'eval', finished / 'model', '--suite', 'retreival', says='did you mean retrieval')
     bad(clipa, 'eval', finished / 'model', '--suite', 'retrieval', '--classes', own / 'names.txt', '--val-data', own / 'pairs', says='--classes has no meaning for --suite retrieval')
-    from clipa_nb.cli import Questions, eval_model
+    from clipa_nb.app.questions import Questions
+    from clipa_nb.cli import eval_model
     from clipa_nb.core import UserError
     (tmp_path / 'one.txt').write_text('a blue thing\n'); (tmp_path / 'bad.txt').write_text('no place for a name\n')
     for more, says in ((dict(val_data=(str(own / 'pairs'),)), 'needs --classes'), (dict(val_data=(str(tmp_path / 'none'),)), 'none'), (dict(val_data=(str(own / 'pairs'),), classes=str(tmp_path / 'one.txt')), 'head has 1 classes'),
@@ -134,7 +136,7 @@ def test_interrupted_outside_training(clipa, tmp_path, monkeypatch, where):
     def ctrl_c(*args, **kw): raise KeyboardInterrupt
     command = [*SMOKE, '--max-steps', '1', '--out', tmp_path / 'run']
     with monkeypatch.context() as m:
-        m.setattr(f'clipa_nb.cli.{where}', ctrl_c)
+        m.setattr(f'clipa_nb.app.run.{where}', ctrl_c)
         assert clipa(*command, check=130).stderr.splitlines()[-1].startswith('clipa: interrupted. To go on: clipa train toy --smoke')
     clipa(*command)
     assert report(tmp_path / 'run')['metrics']
@@ -172,7 +174,8 @@ def test_every_parameter_of_a_command_has_its_help(clipa):
         for k, comment in beside.items(): assert k in ('options', 'questions') or comment in said, (name, k)
 
 def test_the_time_of_a_plan_has_a_fitting_unit():
-    from clipa_nb.cli import Options, make_plan, plan_table
+    from clipa_nb.app.run import Options, make_plan
+    from clipa_nb.app.report import plan_table
     from clipa_nb.recipes import TOY
     plan = make_plan(TOY, Options(device='cpu', precision='fp32'), trial=0)
     def about(seconds): return ' '.join(plan_table(dict(plan, stages=[dict(plan['stages'][0], seconds=seconds)])).splitlines()[2].split()[-2:])
@@ -224,15 +227,15 @@ class SlowWords:
 @pytest.fixture
 def patient(finished, tmp_path, monkeypatch):
     "A function: a run as the doctor opens it, with so many workers and samples in a batch, and steps that take no time."
-    monkeypatch.setattr('clipa_nb.cli.trial_seconds', lambda *args, **kw: 1e-6)
-    from clipa_nb.cli import Options, Run
+    monkeypatch.setattr('clipa_nb.app.doctor.trial_seconds', lambda *args, **kw: 1e-6)
+    from clipa_nb.app.run import Options, Run
     from clipa_nb.data import Shards
     from clipa_nb.recipes import TOY, smoke
     def make(workers=0, batch=32): return Run(smoke(TOY).with_stages(*[dict(batch_size=batch, samples=batch * 8)] * 2), Options(device='cpu', precision='fp32', workers=workers), tmp_path, source=Shards(str(finished / 'data')))
     return make
 
 def examined(run, workers=0):
-    from clipa_nb.cli import bottleneck, measure
+    from clipa_nb.app.doctor import bottleneck, measure
     rates = measure(run, run.recipe.stages[0])
     return rates, bottleneck(rates, workers)
 
@@ -258,7 +261,7 @@ def test_doctor_says_decoding_and_step(patient, monkeypatch):
     rates, name = examined(run)
     assert rates['decode'] <= 200 < rates['read'] and name == 'decoding'
     run.tokenizer = words
-    monkeypatch.setattr('clipa_nb.cli.trial_seconds', lambda *args, **kw: 100.)
+    monkeypatch.setattr('clipa_nb.app.doctor.trial_seconds', lambda *args, **kw: 100.)
     assert examined(run)[1] == 'step'
 
 def examine(comm, run):
@@ -318,7 +321,7 @@ def test_shards_with_other_things_in_them(clipa, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {'text.tar', 'image.tar'}
 
 def test_impossible_sizes(clipa, tmp_path):
-    from clipa_nb.cli import Options, run
+    from clipa_nb.app.run import Options, run
     from clipa_nb.core import LOCAL, UserError
     from clipa_nb.recipes import TOY, smoke
     for change, says in (({'image_size': 33}, 'divisible'), ({'image_strategy': 'random', 'image_ratio': 0.99}, 'leaves none'), ({'context_length': 1}, 'context'), ({'image_ratio': 1.5, 'image_strategy': 'random'}, 'ratio')):
@@ -328,7 +331,7 @@ def test_impossible_sizes(clipa, tmp_path):
 
 def test_settings_that_would_fail_later(tmp_path):
     "A recipe that cannot be run to its end is refused before its directory is made."
-    from clipa_nb.cli import Options, run
+    from clipa_nb.app.run import Options, run
     from clipa_nb.core import LOCAL, UserError
     from clipa_nb.recipes import TOY, smoke
     toy = smoke(TOY)
@@ -395,7 +398,7 @@ def check_alike(comm, bypass):
     for i, g in enumerate(grads.values()):
         p = torch.nn.Parameter(torch.zeros(g.shape)); p.grad = torch.from_numpy(g); holder.register_parameter(f'p{i}', p)
     try: same_gradients(holder, comm)
-    except ValueError as e: return str(e)
+    except RuntimeError as e: return str(e)
     return ''
 
 def test_two_ranks_have_the_single_process_gradients():
@@ -469,3 +472,268 @@ def test_own_shards_are_read(clipa, tmp_path):
     plan.write_text(json.dumps(dict(json.loads(plan.read_text()), train_data=str(tmp_path / 'moved')))) # as the message says
     assert 'is finished' in clipa(*moved).stdout
     bad(clipa, *moved[:-4], '--out', tmp_path / 'run', says='asked for no --train-data')
+
+# ---- the parts of a run, one by one ----
+
+def test_numbers_that_were_not_given():
+    from clipa_nb.app.run import Options, n_workers
+    from clipa_nb.core import UserError
+    for field in ('workers', 'batch_size', 'max_steps', 'checkpoint_steps'): assert getattr(Options(), field) is None
+    assert Options(workers=0).workers == 0 and Options(batch_size=1, max_steps=1, checkpoint_steps=1)
+    for wrong, says in (({'workers': -2}, '--workers -2: use 0 or more, or leave it out'), ({'batch_size': -3}, '--batch-size -3: use 1 or more, or leave it out'), ({'batch_size': 0}, '--batch-size 0: use 1'),
+                        ({'max_steps': -1}, '--max-steps -1'), ({'checkpoint_steps': -3}, '--checkpoint-steps -3')):
+        with pytest.raises(UserError, match=says): Options(**wrong)
+        with pytest.raises(UserError, match=says): Options().replace(**wrong)
+    assert n_workers(3) == 3 and n_workers(None, 10_000) == 0
+
+def test_looking_at_a_directory_makes_none(tmp_path):
+    from clipa_nb.app.run import claim, recognise
+    from clipa_nb.core import UserError
+    from clipa_nb.recipes import TOY
+    assert recognise(tmp_path / 'new', TOY) == tmp_path / 'new' and not (tmp_path / 'new').exists()
+    claim(tmp_path / 'b' / 'c', dict(seed=1)); claim(tmp_path / 'b' / 'c', dict(seed=2))
+    assert json.loads((tmp_path / 'b' / 'c' / 'plan.json').read_text()) == dict(seed=1)
+    with pytest.raises(UserError, match='cannot make this directory'): claim(tmp_path / ('long' * 99), {})
+
+def test_a_device_that_is_not_there_leaves_nothing(tmp_path):
+    from clipa_nb.app.run import Options, run_effective
+    from clipa_nb.core import LOCAL, UserError
+    from clipa_nb.recipes import TOY, smoke
+    for wrong, says in (({'train_data': 'nowhere'}, 'nowhere'), ({'device': 'cuda:99'}, 'cuda')):
+        with pytest.raises(UserError, match=says): run_effective(smoke(TOY), Options(device='cpu', out=str(tmp_path / 'refused')).replace(**wrong), LOCAL)
+    assert not list(tmp_path.iterdir())
+
+def meet(comm, path):
+    "Rank 1 comes late. Both note in one file when they come and when they go."
+    from clipa_nb.app.run import barrier
+    def note(what):
+        with open(path, 'a') as f: f.write(f'rank {comm.rank} {what}\n')
+    time.sleep(0.3 * comm.rank); note('comes'); barrier(comm); note('goes')
+
+def test_nobody_leaves_the_barrier_before_all_have_come(tmp_path):
+    from clipa_nb.distributed_trainer import spawn
+    spawn(meet, 2, str(tmp_path / 'book'))
+    book = (tmp_path / 'book').read_text().splitlines()
+    assert sorted(book[:2]) == ['rank 0 comes', 'rank 1 comes'] and sorted(book[2:]) == ['rank 0 goes', 'rank 1 goes']
+
+def test_words_that_no_caption_holds():
+    from clipa_nb.app.run import unseen_words
+    from clipa_nb.recipes import TOY, recipe
+    assert 'star' not in unseen_words(TOY, ['a red star']) and 'ring' in unseen_words(TOY, ['a red star'])
+    assert unseen_words(recipe('clipa-v2-h14'), ['a red star']) == []
+
+def test_data_and_words_are_opened_again(finished, monkeypatch):
+    from clipa_nb.app.run import Options, open_data, open_tokenizer
+    from clipa_nb.recipes import TOY, smoke
+    r = smoke(TOY); source = open_data(r, finished, Options())
+    assert len(source) == 512 and open_data(r, finished, Options(train_data=str(finished / 'data'))).read(3) == source.read(3)
+    tok = open_tokenizer(r, source, finished)
+    assert tok('a red star', 9).shape == (1, 9) and (open_tokenizer(r, source, finished)('a red star', 9) == tok('a red star', 9)).all()
+
+def test_the_optimiser_of_a_stage():
+    "Moments come from the stage; frozen parameters are left out; version 2 spares every table, bigG/14 decays two, version 1 whatever has two axes."
+    from clipa_nb.app.run import stage_optimizer
+    from clipa_nb.clip import build_clip
+    from clipa_nb.recipes import RECIPES, TOY, smoke, stage_model
+    def built(r, **change): return stage_optimizer(r.stages[0].replace(**change), build_clip(stage_model(r, 0)))
+    def count(o): return sum(p.numel() for g in o.param_groups for p in g['params'])
+    assert 0 < count(built(smoke(TOY), frozen=('text.*',))) < count(built(smoke(TOY)))
+    assert {g['betas'] for g in built(smoke(TOY)).param_groups} == {(0.9, 0.95)}
+    fade = {name: {n for g in built(smoke(RECIPES[name])).param_groups if g['weight_decay'] for n in g['names']} for name in ('clipa-v2-h14', 'clipa-v2-bigg14', 'clipa-v1-l16-i37-t8')}
+    assert fade['clipa-v2-bigg14'] - fade['clipa-v2-h14'] == {'text.embed.weight', 'visual.prefix.token'}
+    assert fade['clipa-v1-l16-i37-t8'] - fade['clipa-v2-h14'] == {'text.embed.weight', 'text.positions'}
+
+def test_a_trial_is_the_median_of_its_steps():
+    "One step of 90 that warms up, then steps of 3, 5 and 4."
+    import torch
+    from clipa_nb.app.run import trial_seconds
+    from clipa_nb.recipes import TOY, smoke
+    ticks = iter([0, 90, 100, 103, 110, 115, 120, 124])
+    assert trial_seconds(smoke(TOY), 0, torch.device('cpu'), 'fp32', clock=ticks.__next__) == 4 and list(ticks) == []
+    assert trial_seconds(smoke(TOY), 0, torch.device('cpu'), 'fp32') > 0
+
+def test_a_plan_that_was_not_tried():
+    from clipa_nb.app.report import duration, plan_table
+    from clipa_nb.app.run import Options, make_plan
+    from clipa_nb.recipes import TOY
+    plan = make_plan(TOY, Options(device='cpu', precision='fp32'), trial=0)
+    assert [p['image_tokens'] for p in plan['stages']] == [16, 44] and [p['seconds'] for p in plan['stages']] == [None, None]
+    assert plan_table(plan).count('–') == 2
+    assert [duration(t) for t in (90, 130, 5400, 12_600, 48 * 3600, 5.03e6)] == ['90 s', '2.2 min', '90.0 min', '3.5 h', '48.0 h', '58.2 days']
+
+def test_every_stage_begins_with_the_same_weights(patient):
+    run = patient()
+    assert run.model(0).logit_scale.item() == run.model(1).logit_scale.item()
+    assert run.batches(0)[0]['image'].shape[2:] == (32, 32) and run.batches(0)[0]['text'].shape[1] == 9
+    from clipa_nb.app.run import begin_stage
+    task, optimizer, start = begin_stage(run, 1, weights=run.model(0).state_dict())
+    assert start == 0 and len(task.model.text.positions) == 17 # resized from 9
+
+def test_a_stopwatch_stands_still():
+    from clipa_nb.app.run import Stopwatch
+    class Told(Stopwatch):
+        "Reads a clock that we move."
+        clock = 0.
+        def now(self): return [self.clock, self.clock / 2]
+    watch = Told(seconds=10.)
+    def nap(): watch.clock += 100.
+    watch.clock += 3.; watch.without(nap)(); watch.clock += 2.
+    assert watch.read() == dict(seconds=15., cpu_seconds=2.5) # 10 from before, 3 and 2 now, and a nap that does not count
+    assert Stopwatch(seconds=10.).read()['seconds'] >= 10
+
+def test_the_twin_at_full_length():
+    import torch
+    from clipa_nb.app.run import equal_steps, full_length
+    from clipa_nb.recipes import TOY, smoke
+    assert [(s.image_size, s.image_ratio, s.text_strategy, s.steps) for s in full_length(TOY, 12_800).stages] == [(64, 0., 'truncate', 100)]
+    threads = torch.get_num_threads()
+    assert 1 <= equal_steps(smoke(TOY).with_stages(samples=100 * 32), torch.device('cpu'), 'fp32', rounds=3) < 200 and torch.get_num_threads() == threads
+
+def test_the_rows_of_a_report(finished):
+    from clipa_nb.app.report import report_table, stage_rows
+    from clipa_nb.recipes import TOY, smoke
+    rows = stage_rows(smoke(TOY).with_stages(samples=3 * 32), [dict(seconds=2., cpu_seconds=1.5), dict(seconds=3., cpu_seconds=2.5)])
+    assert rows[0]['tokens'] == 3 * 32 * (16 + 9) and [s['samples_per_second'] for s in rows] == [48., 32.]
+    r = report(finished); r.pop('compare', None)
+    assert 'held-out pairs' in report_table(r) and 'full length' not in report_table(r)
+    assert 'full length' in report_table(dict(r, compare=dict(metrics=r['metrics'], stages=[])))
+
+# ---- questions ----
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(suite='prober'), 'did you mean probes'), (dict(val_data=('x',)), '--val-data has no meaning for --suite toy'), (dict(suite='retrieval', classes='names.txt', val_data=('x',)), 'it takes --val-data'),
+    (dict(suite='probes', val_data=('x',)), 'needs --train-data'), (dict(suite='robustness', val_data=('x',)), 'two test sets'), (dict(suite='zero-shot', classes='names.txt'), 'give --val-data too'),
+    (dict(batch_size=0), '--batch-size 0: use 1 or more'), (dict(out='nowhere/x.json'), 'a file in a directory that exists'), (dict(out='.'), 'a file in a directory that exists')], ids=str)
+def test_questions_that_mean_nothing(wrong, says):
+    from clipa_nb.app.questions import Questions, checked
+    from clipa_nb.core import UserError
+    with pytest.raises(UserError, match=says): checked(Questions(**wrong))
+
+def test_own_parts_refuse(own, tmp_path):
+    from clipa_nb.app.questions import Questions, own_parts
+    from clipa_nb.core import UserError
+    from clipa_nb.engine.pictures import Transform
+    pairs, names = str(own / 'pairs'), str(own / 'names.txt')
+    (tmp_path / 'empty.txt').write_text('\n')
+    for wrong, says in ((dict(val_data=(pairs,)), 'needs --classes'), (dict(val_data=(pairs, pairs), classes=names), 'two sets have the same name'), (dict(val_data=(pairs,), classes=str(tmp_path / 'none.txt')), 'No such file'),
+                        (dict(val_data=(pairs,), classes=str(tmp_path / 'empty.txt')), 'the file is empty')):
+        with pytest.raises(UserError, match=says): own_parts(Questions(suite='zero-shot', **wrong), Transform(size=64), None)
+
+def test_pictures_in_batches(finished, tmp_path):
+    from clipa_nb.app.questions import Pictures
+    from clipa_nb.core import UserError
+    from clipa_nb.data import Shards
+    from clipa_nb.engine.pictures import Transform
+    from clipa_nb.engine.shards import write_shards
+    source = Shards(str(finished / 'data'))
+    mine = Pictures(source, Transform(size=64, mode='squash'), 200)
+    assert [len(b['label']) for b in mine] == [200, 200, 112] and mine[1]['label'][3].item() == source.read(203)['json']['label']
+    write_shards([('a', b'no picture', 'a red star', {'label': 1})], tmp_path / 'broken')
+    with pytest.raises(UserError, match='000000.tar, a: not an image'): Pictures(Shards(str(tmp_path / 'broken')), Transform(size=64))[0]
+
+def test_parts_of_the_toy_world():
+    from clipa_nb.app.questions import Questions, toy_parts
+    from clipa_nb.recipes import TOY, smoke
+    parts = {suite: toy_parts(Questions(suite=suite), smoke(TOY), 64, None, small=True) for suite in ('probes', 'robustness')}
+    assert list(parts['probes']) == ['shape', 'digits'] and {int(y) for b in parts['probes']['shape'][0] for y in b['label']} == set(range(12))
+    assert list(parts['robustness'])[:2] == ['clean', 'sketch']
+
+def test_a_folder_or_a_name(finished):
+    from clipa_nb.app.exam import world_of
+    from clipa_nb.app.questions import model_at
+    from clipa_nb.core import UserError
+    from clipa_nb.recipes import TOY, smoke
+    folder = finished / 'model'
+    assert (model_at(str(folder)), model_at('ViT-B/16'), model_at('hf-hub:some/model')) == (f'local-dir:{folder}', 'ViT-B/16', 'hf-hub:some/model')
+    with pytest.raises(UserError, match='no such directory'): model_at('a/modle')
+    assert world_of(folder) == (smoke(TOY), 0, True) and world_of(Path('ViT-B-16')) == (TOY, 0, False)
+
+def test_the_table_of_a_suite(clipa, finished, tmp_path):
+    from clipa_nb.app.questions import score_table
+    done = clipa('eval', finished / 'model', '--suite', 'robustness', '--device', 'cpu', '--out', tmp_path / 'r.json')
+    assert score_table(json.loads((tmp_path / 'r.json').read_text())) in done.stdout
+
+# ---- the doctor and the parser ----
+
+def test_a_rate_counts_the_second_call():
+    from clipa_nb.app.doctor import rate
+    calls = []
+    assert rate(lambda: (calls.append(0), time.sleep(0.01)), 100) <= 10_000 and len(calls) == 2
+
+@pytest.mark.parametrize('rates, name', [
+    (dict(read=100, decode=900, loader=350, step=2000), 'reading'), (dict(read=9000, decode=300, loader=1000, step=2000), 'decoding'), (dict(read=9000, decode=5000, loader=1000, step=2000), 'loader'),
+    (dict(read=100, decode=300, loader=300, step=200), 'step'), (dict(read=900, decode=900, loader=900, step=800, gather=90), 'gather')], ids=str)
+def test_the_slowest_part_has_a_name(rates, name):
+    from clipa_nb.app.doctor import bottleneck
+    assert bottleneck(rates, 4) == name
+
+def test_the_doctor_sees_the_same_batches(patient):
+    import torch
+    from clipa_nb.app.doctor import Observed
+    from clipa_nb.data import loader
+    run = patient(workers=2); seen = Observed(run.batches(0), workers=2)
+    for a, b in zip(run.batches(0)[3].values(), seen.make(3)[0].values()): assert torch.equal(a, b) if torch.is_tensor(a) else list(a) == list(b)
+    for batch in loader(seen, 0, 6, workers=2): pass
+    n, reading, making = seen.notes.sum(0).tolist()
+    assert n == 7 * len(batch['image']) and 0 < reading < making
+
+def test_how_to_go_on(capsys):
+    from clipa_nb.cli import stopped
+    from clipa_nb.trainer import Stopped
+    def told(e, *argv): return stopped(e, [*argv]), capsys.readouterr().err.strip()
+    assert told(Stopped(signal.SIGTERM), 'demo')[0] == 75 and told(Stopped(signal.SIGINT), 'demo')[0] == 130
+    assert told(KeyboardInterrupt(), 'train', 'toy') == (130, 'clipa: interrupted. To go on: clipa train toy')
+    assert told(KeyboardInterrupt(), 'data', 'check', 'x') == (130, 'clipa: interrupted')
+
+def test_a_box_becomes_a_line():
+    from clipa_nb.cli import one_line
+    box = """╭─ Unrecognized options ───────────────╮
+│ Unrecognized options: --smok         │
+│ ──────────────────────────────────── │
+│ Perhaps you meant:                   │
+│     --smoke, --no-smoke              │
+╰──────────────────────────────────────╯"""
+    assert one_line(box, ['train', 'toy', '--smok']) == 'Unrecognized options: --smok; did you mean --smoke? (see clipa train --help)'
+    assert one_line(' Missing argument \n ---------------- \n  Missing value for --seed  \n', []) == 'Missing value for --seed (see clipa --help)'
+    assert one_line('no frame at all', []) == 'no frame at all (see clipa --help)'
+
+def test_the_docstring_that_the_parser_reads():
+    from clipa_nb.cli import asked, data, recipes, with_help
+    assert with_help(data).count('\n        ') == 6 and 'n: pairs to make' in with_help(data) and with_help(recipes) == recipes.__doc__
+    assert 'smoke=True' in str(asked(['demo', '--smoke']))
+
+def test_a_configuration_speaks_for_itself(clipa):
+    "What `Options` refuses is said in its own words, without the parser's; a number is a number, and None is no word to type."
+    assert clipa('train', 'toy', '--workers', '-2', check=2).stderr == 'clipa: --workers -2: use 0 or more, or leave it out\n'
+    assert 'invalid literal' in clipa('train', 'toy', '--workers', 'None', check=2).stderr
+    assert '{None}' not in clipa('train', '--help').stdout
+
+def test_warnings_become_notes_and_the_hook_is_put_back(capsys):
+    import warnings
+    from clipa_nb.cli import warnings_as_notes
+    before = warnings.showwarning
+    with warnings_as_notes():
+        warnings.simplefilter('always'); warnings.warn('something odd')
+    assert capsys.readouterr().err == 'note: something odd\n' and warnings.showwarning is before
+
+def test_a_dry_demo_and_the_list(clipa, tmp_path):
+    from clipa_nb.recipes import RECIPES
+    said = clipa('demo', '--dry-run', '--smoke', '--device', 'cpu', '--precision', 'fp32', cwd=tmp_path).stdout.splitlines()
+    assert [row.split()[0] for row in said] == ['toy,', 'stage', 'reduced', 'full'] and not list(tmp_path.iterdir())
+    said = clipa('recipes').stdout.splitlines()
+    assert [line.split()[0] for line in said] == list(RECIPES) and said[0].split(maxsplit=1)[1] == '32 px, 9 tokens, 0.3 M pairs → 64 px, 17 tokens, 0.1 M pairs'
+
+def test_costs_of_no_gpu(clipa):
+    bad(clipa, 'cost', 'clipa-v2-h14', '--gpu', 'A1000', says='unknown GPU')
+    assert '$' in clipa('cost', 'clipa-v2-h14', '--gpu', 'A100', '--mfu', '0.26').stdout
+
+def test_shards_are_counted(clipa, tmp_path):
+    clipa('data', 'make', tmp_path / 'shards', '--n', '50'); clipa('data', 'index', tmp_path / 'shards')
+    assert sum(json.loads((tmp_path / 'shards' / 'sizes.json').read_text()).values()) == 50
+
+def test_out_and_in_again(clipa, finished, tmp_path):
+    import torch
+    from clipa_nb.pretrained import create_model_and_transforms
+    clipa('export', finished / 'model', tmp_path / 'out'); clipa('import', tmp_path / 'out', tmp_path / 'in')
+    a, b = (create_model_and_transforms(f'local-dir:{p}')[0].state_dict() for p in (finished / 'model', tmp_path / 'in'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

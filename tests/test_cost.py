@@ -1,12 +1,10 @@
 "Chapters 00, 03 and 12 under names and numbers that mean nothing, and the loss's work as it is done."
 import pytest, torch, torch.nn.functional as F
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from clipa_nb import cost
 from clipa_nb.core import UserError, autocast, generator, seed_of
 from clipa_nb.cost import SIZES, activation_bytes, memory, n_tokens, plan, train_flops
 from clipa_nb.infonce import info_nce
-from clipa_nb.optimization import make_optimizer, param_groups
 
 H, CPU = SIZES['H/14'], torch.device('cpu')
 
@@ -29,6 +27,8 @@ def test_seeds_of_recorded_runs_never_change():
     (lambda: memory(H, 37, 8, 64, precision='bf16'), "unknown precision 'bf16'"), (lambda: memory(H, 37, 8, 64, checkpointing='ful'), 'did you mean full'),
     (lambda: activation_bytes(H.image, 37, 'amp-bf16'), 'did you mean amp_bf16'), (lambda: train_flops(H, 37, 8, checkpointing='ful'), 'did you mean full'),
     (lambda: plan(H, 37, 8, 64, 1, checkpointing='selectiv'), 'did you mean selective'), (lambda: plan(H, 37, 8, 64, 1, precision='half'), "unknown precision 'half'"),
+    (lambda: n_tokens(100, 16), 'use 96'), (lambda: n_tokens(8, 16), 'use 16'), (lambda: n_tokens(32, 16, 0.9), 'leaves none'),
+    *((lambda wrong=wrong: cost.hours(3600e12, 1e12, mfu=wrong), '0 < mfu ≤ 1') for wrong in (0, 40, float('nan'))),
     (lambda: n_tokens(-224, 14), 'positive'), (lambda: n_tokens(0, 14), 'positive'), (lambda: n_tokens(224, -14), 'positive'), (lambda: n_tokens(224, 0), 'positive')])
 def test_what_means_nothing_is_refused(call, says):
     with pytest.raises(UserError, match=says): call()
@@ -54,11 +54,3 @@ def test_the_loss_costs_what_chapter_03_says(case, comm, chunk):
         info_nce(image, text, torch.tensor(10.), chunk=chunk, **comm)['loss'].backward()
     assert counted.get_total_flops() == cost.LOSS[case] * b * B * E
     assert train_flops(H, 37, 8, batch=B) - train_flops(H, 37, 8) == cost.LOSS['one process'] * B * H.embed_dim
-
-
-# ---- rules ----
-
-def test_rules_may_come_from_a_generator():
-    net = nn.Sequential(nn.Linear(2, 2)); rules = [('0.weight', 0.5), ('0.bias', 'frozen')]
-    assert [(g['lr_multiple'], g['names']) for g in param_groups(net, 1., 0.2, (r for r in rules))] == [(0.5, ['0.weight'])]
-    assert make_optimizer(nn.Sequential(nn.Linear(2, 2)), 1., rules=iter(rules)).param_groups[0]['lr'] == 0.5

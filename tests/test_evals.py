@@ -1,4 +1,4 @@
-"Chapters 15 and 16 under bad input: templates, names, classes without pictures, and ties that rounding must not decide."
+"Chapters 15, 16 and 18 and the exam under bad input: templates, names, classes without pictures, ties that rounding must not decide, recipes that cannot be drawn."
 import warnings
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -67,3 +67,68 @@ def test_ranks_are_those_of_the_whole_matrix():
         right = torch.eye(101, dtype=bool) if k is None else key[:, None] == key
         ranks = ((s >= s.masked_fill(~right, -2).amax(1, keepdim=True)) & ~right).sum(1)
         for tile in (1, 7, 64, 1024): assert torch.equal(rank_counts(image, text, k, tile=tile), ranks.bincount(minlength=101)), tile
+
+
+# ---- recipes ----
+
+def test_recipes_that_do_not_exist():
+    from clipa_nb.recipes import Data, recipe, toy_world
+    with pytest.raises(UserError, match='did you mean'): recipe('clipa-h14')
+    with pytest.raises(UserError, match='did you mean demo'): toy_world(Data(name='dmo'))
+    with pytest.raises(UserError, match='did you mean noise'): toy_world(Data(name='demo', dials=(('nois', 3.),)))
+
+
+def test_recipes_that_cannot_be_run():
+    from clipa_nb.recipes import TOY, Stage, check_toy, recipe, stage_plan, train_config
+    with pytest.raises(UserError, match='batch_size is 0, expected 1 or more'): Stage(batch_size=0)
+    with pytest.raises(UserError, match='expected 0 or more and less than 1'): Stage(beta2=1.)
+    with pytest.raises(UserError, match='use 84 or 98'): stage_plan(recipe('clipa-v2-h14').with_stages({'image_size': 90}), 0)
+    with pytest.raises(UserError, match='cannot be shared by 7 ranks'): train_config(TOY.stages[0], ranks=7)
+    check_toy(TOY); check_toy(recipe('clipa-v2-h14'))
+    for wrong, says in ((TOY.replace(data__n=0), 'expected 1 or more'), (TOY.replace(data__dials=(('glyphs', 2.),)), 'glyphs'), (TOY.with_stages({}, {'image_size': 240}), '240'), (TOY.replace(data__name='dmo'), 'demo')):
+        with pytest.raises(UserError, match=says): check_toy(wrong)
+
+
+def test_recipes_are_rebuilt_from_their_words():
+    from clipa_nb.recipes import RECIPES, Data, Recipe, smoke
+    assert Data.from_json(Data(dials=(('glyphs', 0.1),)).to_json()).dials == (('glyphs', 0.1),)
+    for r in RECIPES.values(): assert Recipe.from_json(smoke(r).to_json()) == smoke(r) and Recipe.from_json(r.to_json()) == r
+
+
+# ---- the exam ----
+
+def test_the_handwritten_digits():
+    pytest.importorskip('sklearn')
+    from clipa_nb.app.exam import digit_set
+    digits = digit_set(64)
+    assert digits['image'].shape == (1797, 3, 64, 64) and digits['label'].bincount().min() > 170
+
+
+def test_no_world_no_exam():
+    from clipa_nb.app.exam import evaluate
+    from clipa_nb.recipes import recipe
+    assert evaluate(None, None, recipe('clipa-v2-h14')) == ({}, [])
+
+
+def test_questions_without_glyphs_or_shifts():
+    from clipa_nb.app.exam import toy_questions, toy_sets
+    from clipa_nb.recipes import TOY
+    sets = toy_sets(TOY.data, 32, n_class=1, n_pairs=20, shifts=())
+    assert set(sets) == {'seen', 'heldout', 'shifts', 'drawn', 'pairs'} and sets['shifts'] == {} and len(set(sets['pairs']['text'])) == 20
+    assert list(toy_questions(sets)) == ['seen', 'heldout', 'shape', 'colour', 'glyphs']
+    plain = toy_sets(TOY.data.replace(dials=()).replace(name='scattered'), 32, n_class=1, n_pairs=20)
+    for data, names in toy_questions(plain).values(): assert int(data['label'].max()) < len(names)
+
+
+def test_examples_right_and_wrong():
+    from clipa_nb.app.exam import best_captions
+    class Known(Flat):
+        "Half of the pictures match their caption, the other half the next one's."
+        cfg = type('cfg', (), dict(context_length=1))
+        def encode_text(self, ids, normalize=False): return torch.eye(20)[ids.flatten()]
+    wanted = torch.arange(20); wanted[10:] = torch.arange(10, 20).roll(1)
+    pairs = dict(image=torch.eye(20)[wanted][:, None, :, None], text=[str(i) for i in range(20)])
+    def words(texts, n): return torch.tensor([[int(t)] for t in texts])
+    for n, right in ((4, 2), (12, 6), (20, 10)):
+        found = best_captions(Known(), words, pairs, n)
+        assert len(found) == n and sum(e['right'] for e in found) == right and all((e['true'] == e['best']) == e['right'] for e in found)

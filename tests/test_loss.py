@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from clipa_nb import infonce
-from clipa_nb.core import LOCAL, UserError
+from clipa_nb.core import LOCAL, UserError, generator
 from clipa_nb.distributed_trainer import Ranks, spawn
 from clipa_nb.infonce import Contrastive, Sigmoid, auto_chunk, clamp_scale, contrastive, info_nce, sigmoid_loss, targets
 
@@ -32,6 +32,159 @@ def found(image, text, form, key=None, comm=LOCAL, scale=100.):
 
 def same(a, b):
     for p, q in zip((a[0], *a[1], *a[2]), (b[0], *b[1], *b[2]), strict=True): torch.testing.assert_close(p, q, **close)
+
+# -- by hand ------------------------------------------------------------------------------------------------------------------
+
+HAND = torch.tensor([[0.9, 0.1, 0.3, 0.0], [0.2, 0.8, 0.1, 0.4], [0.5, 0.1, 0.6, 0.2], [0.0, 0.3, 0.2, 0.7]], dtype=torch.float64) # chapter 10's four pairs
+AXES, OWN = torch.eye(4, dtype=torch.float64), torch.arange(4) # texts whose products with the rows are the rows
+
+def pays(row, partner): return math.log(sum(math.exp(5 * c) for c in row)) - 5 * row[partner]
+BY_ROWS, BY_COLS = ([pays(row, i) for i, row in enumerate(m.tolist())] for m in (HAND, HAND.T))
+
+@pytest.mark.parametrize('form', [dict(), dict(chunk=3), dict(chunk='auto'), dict(key=torch.arange(4)), dict(key=torch.arange(4), chunk=3)])
+def test_four_pairs_pay_what_they_pay_by_hand(form):
+    for scale in (5., torch.tensor([5.])):
+        out = info_nce(HAND, AXES, scale, **form)
+        for name, rows in (('loss_image', BY_ROWS), ('loss_text', BY_COLS), ('loss', BY_ROWS + BY_COLS)): assert out[name].item() == pytest.approx(sum(rows) / len(rows), abs=1e-12)
+    assert info_nce(0 * HAND, AXES, 5., **form)['loss'].item() == pytest.approx(math.log(4), abs=1e-12)
+
+def sigmoid_by_hand(c, scale, bias):
+    "The share of the partners and of all others."
+    terms = [[math.log1p(math.exp((-1 if i == j else 1) * (scale * v + bias))) for j, v in enumerate(row)] for i, row in enumerate(c.tolist())]
+    own = sum(terms[i][i] for i in range(len(terms)))
+    return own / len(terms), (sum(map(sum, terms)) - own) / len(terms)
+
+@pytest.mark.parametrize('chunk', [None, 3])
+def test_four_pairs_pay_the_sigmoid_loss_by_hand(chunk):
+    out, (positive, negative) = sigmoid_loss(HAND, AXES, 5., -2., chunk=chunk), sigmoid_by_hand(HAND, 5., -2.)
+    assert out['loss_positive'].item() == pytest.approx(positive, abs=1e-12) and out['loss_negative'].item() == pytest.approx(negative, abs=1e-12)
+    assert out['loss'].item() == pytest.approx(positive + negative, abs=1e-12)
+    n = 64; out = sigmoid_loss(torch.eye(n, 2 * n), torch.eye(2 * n)[n:], 10., 0., chunk=chunk)
+    assert out['loss_negative'].item() == pytest.approx(63 * math.log(2), rel=1e-5) and sigmoid_by_hand(torch.zeros(n, n), 10., 0.)[1] == pytest.approx(63 * math.log(2), rel=1e-9)
+
+def test_index_and_distribution_are_one_loss_to_the_last_digit():
+    s = 5 * HAND.float()
+    assert torch.equal(contrastive(s, s.T, OWN, OWN)['loss'], contrastive(s, s.T, torch.eye(4), torch.eye(4))['loss'])
+    assert torch.equal(contrastive(HAND, HAND, OWN.int(), OWN)['loss'], contrastive(HAND, HAND, OWN, OWN)['loss'])
+    for goal in (torch.eye(4), OWN.int(), (3 * HAND).softmax(1).bfloat16()): contrastive(HAND, HAND, goal, goal, check=True)
+
+@pytest.mark.parametrize('goal, words', [
+    (torch.arange(3), r'\(3,\) of torch.int64, expected 4 integers'), (torch.eye(3), r'\(3, 3\) of torch.float32, expected 4 integers'), (torch.ones(4), r'\(4,\) of torch.float32, expected 4 integers'),
+    (torch.ones(4) > 0, r'\(4,\) of torch.bool, expected 4 integers'), ([0, 1, 2, 3], 'Tensor and list, expected tensors'), (torch.arange(1, 5), 'row 3 is neither'), (torch.ones(4, 4), 'row 0 is neither')])
+def test_targets_that_are_none(goal, words):
+    with pytest.raises(UserError, match=words): contrastive(HAND, HAND, goal, OWN, check=True)
+    with pytest.raises(UserError, match=r'similarities of the texts: \(4, 4\) of torch.int64'): contrastive(HAND, HAND.long(), OWN, OWN)
+
+def test_related_systems_change_one_part():
+    "Columns without rows cost more; FILIP's two matrices are no transposes, and with one token a side they are InfoNCE's."
+    s, g = 5 * HAND.float(), generator(0, 'general form')
+    hard = torch.cat([s, torch.full((4, 2), 4.)], 1)
+    assert contrastive(hard, s.T, OWN, OWN)['loss_image'] > contrastive(s, s.T, OWN, OWN)['loss_image']
+    teacher = (s + torch.randn(4, 4, generator=g)).softmax(1)
+    assert contrastive(s, s.T, teacher, teacher.T / teacher.T.sum(1, keepdim=True), check=True)['loss_image'] >= -(teacher * teacher.log()).sum(1).mean()
+    patches, tokens = (F.normalize(torch.randn(4, n, 8, generator=g), dim=-1) for n in (6, 3))
+    pairs = torch.einsum('inE,jtE->ijnt', patches, tokens)
+    by_patch, by_word = pairs.amax(3).mean(2), pairs.amax(2).mean(2).T
+    assert not torch.equal(by_patch, by_word.T)
+    torch.testing.assert_close(pairs[:, :, :1, :1].amax(3).mean(2), torch.einsum('iE,jE->ij', patches[:, 0], tokens[:, 0]))
+
+# -- captions that several pairs share ----------------------------------------------------------------------------------------
+
+TWINS = torch.eye(4, dtype=torch.float64); TWINS[0, 1] = TWINS[1, 0] = 1.
+TWIN_KEY = torch.tensor([7, 7, 8, 9])
+
+def test_no_model_pays_less_than_the_captions_it_cannot_tell_apart():
+    for form in (dict(), dict(key=TWIN_KEY), dict(chunk=3), dict(key=TWIN_KEY, chunk=3)): assert info_nce(TWINS, AXES, 100., **form)['loss'].item() == pytest.approx(math.log(2) / 2, abs=1e-6)
+    assert contrastive(100 * TWINS, 100 * TWINS.T, OWN, OWN)['loss'].item() == pytest.approx(math.log(2) / 2, abs=1e-6)
+    from clipa_nb import toyworld
+    some = toyworld.scenes(toyworld.WORLDS['demo'], 0, range(512))
+    _, times = torch.from_numpy(toyworld.keys(some, toyworld.captions(some))).unique(return_counts=True)
+    assert 0 < float((times * times.log()).sum()) / 512 < math.log(512)
+
+def test_keys_pull_twins_together_and_partners_alone_push_them_apart():
+    def push(right, c):
+        s = TWINS.clone(); s[0, 1] = s[1, 0] = c
+        s.requires_grad_(); contrastive(10 * s, 10 * s.T, right, right)['loss'].backward()
+        return s.grad[0, 1].item()
+    keyed = targets(TWIN_KEY, dtype=torch.float64)
+    for c in (0.4, 0.6, 0.9): assert push(OWN, c) > 0 > push(keyed, c)
+    assert push(OWN, 0.9) > push(OWN, 0.6) and push(keyed, 1.) == pytest.approx(0, abs=1e-3)
+
+def test_targets_of_a_tile_are_those_of_the_matrix():
+    keyed, diagonal, all_of = infonce._Targets(4, TWIN_KEY, LOCAL), infonce._Targets(4, None, LOCAL), slice(0, 4)
+    assert torch.equal(1 / keyed.count_B, targets(TWIN_KEY).amax(1)) and diagonal.count_B is None
+    assert torch.equal(targets(torch.arange(4)), torch.eye(4)) and torch.equal(targets(TWIN_KEY).sum(1), torch.ones(4))
+    for kind in (torch.int32, torch.uint8): assert torch.equal(infonce._Targets(4, TWIN_KEY.to(kind), LOCAL).key_B, TWIN_KEY)
+    assert torch.equal(diagonal.tile(slice(1, 3), slice(0, 3)), torch.tensor([[False, True, False], [False, False, True]]))
+    assert diagonal.tile(slice(0, 2), slice(2, 4)) is None
+    assert torch.equal(infonce._Targets(4, None, Ranks(1, 2)).tile(all_of, slice(4, 8)), torch.eye(4, dtype=torch.bool))
+    assert torch.equal(keyed.weights(all_of, all_of, torch.float32), targets(TWIN_KEY)) and torch.equal(keyed.tile(all_of, all_of), TWIN_KEY[:, None] == TWIN_KEY)
+    assert torch.equal(diagonal.weights(slice(0, 2), slice(0, 2), torch.float32), torch.eye(2, dtype=torch.bool))
+
+# -- precision, and the parts of the streamed form ----------------------------------------------------------------------------
+
+def test_bf16_similarities_cost_more_than_bf16_features():
+    g = generator(0, 'bf16')
+    image = F.normalize(torch.randn(128, 64, generator=g).repeat(2, 1) + 0.3 * torch.randn(256, 64, generator=g), dim=1)
+    text = F.normalize(image + 0.01 * torch.randn(256, 64, generator=g), dim=1)
+    def loss_of(s): return contrastive(s, s.T, torch.arange(256), torch.arange(256))['loss'].item()
+    exact, rounded = loss_of(100 * image @ text.T), loss_of(100 * image.bfloat16().float() @ text.bfloat16().float().T)
+    assert abs(rounded - exact) < abs(loss_of((100 * image @ text.T).bfloat16()) - exact) / 5
+    assert [torch.tensor(v).bfloat16().item() for v in (98.6, 99., 99.2, 99.4)] == [98.5, 99., 99., 99.5]
+
+def test_products():
+    assert infonce.widens('cpu') is False
+    out = torch.ones(4, 4, dtype=torch.float64); infonce._add_product(out, HAND, AXES)
+    assert torch.equal(out, HAND + 1) and torch.equal(infonce._product(HAND, AXES), HAND)
+    a, b = (torch.randn(n, 3, dtype=torch.float64, generator=generator(0, str(n))).requires_grad_() for n in (4, 5))
+    assert torch.autograd.gradcheck(infonce._Product.apply, (a, b))
+    torch.testing.assert_close(infonce._scaled(5., a, b), 5 * infonce._Product.apply(a, b), **close)
+
+def test_what_is_multiplied():
+    unit = features(4)[0].float()
+    image, text, wide = infonce._to_multiply(unit.bfloat16(), unit)
+    assert (image.dtype, text.dtype, wide) == (torch.float32,) * 3 and infonce._to_multiply(unit.bfloat16(), unit.bfloat16())[2] == torch.float32
+    assert infonce._side('auto', unit, LOCAL) is None and infonce._side(7, unit, LOCAL) == 7
+
+def test_sums_are_taken_in_parts():
+    sums = infonce._Sums(1, torch.zeros((), dtype=torch.float64))
+    for part in ([4.5, 0.5], [1.5, 7.]): sums.add(slice(0, 1), torch.tensor([part], dtype=torch.float64), 1)
+    torch.testing.assert_close(sums.losses()[0], torch.tensor([4.5, 0.5, 1.5, 7.], dtype=torch.float64).logsumexp(0), **close)
+    assert sums.top_n.item() == 7. and sums.total_n.item() == pytest.approx(sum(math.exp(v - 7) for v in (4.5, 0.5, 1.5, 7.)), rel=1e-12)
+
+@pytest.mark.parametrize('n, m, chunk', [(3, 2, 2), (10, 14, 4), (4, 4, 3), (4, 4, 100)])
+def test_tiles_cover_the_matrix_once_row_by_row(n, m, chunk):
+    five, one = (torch.tensor(v, dtype=torch.float64) for v in (5., 1.))
+    a, b = (torch.randn(k, 3, dtype=torch.float64, generator=generator(0, s)) for k, s in ((n, 'a'), (m, 'b')))
+    seen, again, corners = torch.zeros(n, m), torch.zeros(n, m, dtype=torch.float64), []
+    for rows, cols, s_hw in infonce._similarities(a, b, five, chunk, one):
+        seen[rows, cols] += 1; again[rows, cols] = s_hw; corners.append((rows.start, cols.start))
+        assert (rows.stop - rows.start, cols.stop - cols.start) == s_hw.shape
+    assert (seen == 1).all() and corners == sorted(corners)
+    torch.testing.assert_close(again, 5 * a @ b.T + 1, **close)
+
+def merged(comm):
+    rows, five = HAND.chunk(comm.size)[comm.rank], torch.tensor(5., dtype=torch.float64)
+    right = infonce._Targets(len(rows), None, comm)
+    _, of_cols = infonce._statistics(rows, AXES, five, right, 3)
+    infonce._merge_columns(of_cols, right, comm)
+    return of_cols.losses()[right.offset:right.offset + len(rows)]
+
+def test_ranks_merge_the_sums_of_their_columns():
+    torch.testing.assert_close(torch.cat(spawn(merged, 2)), torch.tensor(BY_COLS, dtype=torch.float64), **close)
+
+def test_the_way_back_in_tiles_is_that_of_the_plain_form():
+    half, five = (torch.tensor(v, dtype=torch.float64) for v in (0.5, 5.))
+    right = infonce._Targets(4, None, LOCAL)
+    of_rows, of_cols = infonce._statistics(HAND, AXES, five, right, 3)
+    slope = infonce._slope(of_rows, of_cols, right, half, half, 0.)
+    leaf = (5 * HAND).requires_grad_(); contrastive(leaf, leaf.T, OWN, OWN)['loss'].backward()
+    torch.testing.assert_close(slope(slice(0, 4), slice(0, 4), 5 * HAND) / 4, leaf.grad, **close)
+    image, text, scale = (v.clone().requires_grad_() for v in (HAND, AXES, five))
+    info_nce(image, text, scale)['loss'].backward()
+    d_image, d_text, d_scale, d_bias = infonce._pull(HAND, AXES, five, 3, slope, LOCAL)
+    for got, want in ((d_image, image), (d_text, text), (d_scale, scale)): torch.testing.assert_close(got, want.grad, **close)
+    assert d_bias is None
 
 # -- one process ------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +314,7 @@ def test_memory_is_of_a_tile():
         assert streamed.most == b * E and plain.most == b * b
 
 def test_auto():
-    assert [auto_chunk(1024, 1024), auto_chunk(1024, 1025), auto_chunk(8192, 8192, 'cuda'), auto_chunk(8192, 65536, 'cuda')] == [None, 512, None, 4096]
+    assert [auto_chunk(1024, 1024), auto_chunk(1025, 1024), auto_chunk(1024, 1025), auto_chunk(8192, 8192, 'cuda'), auto_chunk(8192, 65536, 'cuda')] == [None, 512, 512, None, 4096]
     image, text = (F.normalize(torch.randn(1030, 4), dim=1) for _ in range(2))
     torch.testing.assert_close(info_nce(image, text, 20., chunk='auto')['loss'], info_nce(image, text, 20.)['loss'], rtol=1e-5, atol=1e-5)
 
@@ -250,6 +403,18 @@ def test_a_gather_without_gradient_has_the_loss_and_not_the_gradient():
     torch.testing.assert_close(loss, want[0][0], **close)
     with pytest.raises(AssertionError): torch.testing.assert_close(grad, want[1][0], rtol=1e-2, atol=1e-3)
 
+def test_without_a_gradient_of_the_gather_only_the_streamed_form_stays_right():
+    def text_gradient(comm):
+        out, deaf = {}, Deaf(comm.rank, comm.size)
+        for name in ('sigmoid', 'streamed', 'sigmoid, streamed'):
+            loss, grads, _ = found(*(share(v, comm) for v in features(12)), FORMS[name], comm=deaf)
+            grad = torch.zeros(12 // comm.size, E, dtype=torch.float64) if grads[1] is None else grads[1] # the plain sigmoid has no other way to the texts
+            out[name] = loss[0], comm.gather(grad) / comm.size
+        return out
+    for name, (_, grad) in spawn(text_gradient, 2)[0].items():
+        apart = (grad - found(*features(12), FORMS[name])[1][1]).abs().max()
+        assert apart > 1e-3 if name == 'sigmoid' else apart < 1e-12, name
+
 def refused(comm):
     "What every rank says, case by case; all of them would hang or abort if one rank went on alone."
     x = F.normalize(torch.randn(6, E), dim=1); b = x[:3 + comm.rank]
@@ -296,6 +461,33 @@ def test_ranks_send_one_type(monkeypatch):
     for said in spawn(half_types, 2, timeout=60):
         for words in said: assert 'bits of a feature: 16 on rank 0, 32 on rank 1' in words
 
+# -- what it costs ------------------------------------------------------------------------------------------------------------
+
+def wire(b, B, E, size=4):
+    "Bytes that a rank receives, as chapter 10's table has them; `size` bytes a feature."
+    return {'plain': 4 * (B - b) * E * size, 'streamed': (B - b) * (E * (size + 4) + 16), 'sigmoid, streamed': (B - b) * E * (size + 4)}
+
+class Counted(Ranks):
+    received = 0
+    def count(self, x, times, f):
+        before = self.received; y = f(x); self.received = before + (times * x.nbytes if x.is_floating_point() else 0) # one call may use another
+        return y
+    def gather(self, x): return self.count(x, self.size - 1, super().gather)
+    def reduce_scatter(self, x): return self.count(x, 1 - 1 / self.size, super().reduce_scatter)
+    def all_sum(self, x): return self.count(x, 2 * (1 - 1 / self.size), super().all_sum)
+    def all_max(self, x): return self.count(x, 2 * (1 - 1 / self.size), super().all_max)
+
+def traffic(comm):
+    image, text = (v.float().requires_grad_() for v in (F.normalize(torch.randn(8, 32), dim=1) for _ in range(2))); scale, bias = (torch.tensor(v, requires_grad=True) for v in (100., -10.))
+    received = {}
+    for form, loss in {'plain': lambda c: info_nce(image, text, scale, comm=c), 'streamed': lambda c: info_nce(image, text, scale, comm=c, chunk=4), 'sigmoid, streamed': lambda c: sigmoid_loss(image, text, scale, bias, comm=c, chunk=4)}.items():
+        counted = Counted(comm.rank, comm.size); loss(counted)['loss'].backward(); received[form] = counted.received
+    return received
+
+def test_the_wire_carries_what_chapter_10_says():
+    assert spawn(traffic, 2)[0] == pytest.approx(wire(8, 16, 32))
+    assert {k: round(v / 1e9, 2) for k, v in wire(8192, 65536, 1024, 2).items()} == {'plain': 0.47, 'streamed': 0.35, 'sigmoid, streamed': 0.35}
+
 # -- bad input --------------------------------------------------------------------------------------------------------------
 
 x = F.normalize(torch.randn(4, E), dim=1)
@@ -305,6 +497,7 @@ BAD = {
     'a word': (dict(chunk='big'), "chunk 'big'"), 'a fraction': (dict(chunk=2.5), 'chunk 2.5'), 'short key': (dict(key=torch.arange(3)), r'key of shape \(3,\)'), 'float key': (dict(key=torch.ones(4)), 'float32: expected 4 integers'),
     'complex key': (dict(key=torch.arange(4) * 1j), 'complex64: expected 4 integers'), 'list as key': (dict(key=[0, 1, 2, 3]), 'key of type list: expected a tensor'), 'short list as key': (dict(key=[1, 2]), 'key of type list'),
     'array as key': (dict(key=torch.arange(4).numpy()), 'key of type ndarray'), 'lists': (dict(image=x.tolist()), 'image features of type list'), 'arrays': (dict(text=x.numpy()), 'text features of type ndarray'), 'complex': (dict(image=x * 1j), 'type torch.complex64'),
+    'a truth': (dict(chunk=True), 'chunk True'), 'a width less': (dict(text=x[:, :2]), r'text features \(4, 2\)'), 'float key by text': (dict(key=x[:, 0]), r'key of shape \(4,\) and type torch.float32'),
     'key by text': (dict(key=torch.zeros(4, 4, dtype=torch.int64)), r'key of shape \(4, 4\)'),
 }
 
@@ -320,6 +513,22 @@ def test_factors_are_numbers_or_tensors_of_one():
     for bad, words in ((torch.ones(2), r'\(2,\)'), (None, 'None'), ('10', "'10'"), ([1.], r'\[1.0\]'), (torch.ones(0), r'\(0,\)'), (torch.tensor(1j), r'\(\)')):
         for call, name in ((lambda: info_nce(x, x, bad), 'scale'), (lambda: sigmoid_loss(x, x, bad, 0.), 'scale'), (lambda: sigmoid_loss(x, x, 1., bad), 'bias'), (lambda: info_nce(x, x, 1., label_smoothing=bad), 'label smoothing')):
             with pytest.raises(UserError, match=f'{name} {words}: expected a number or a tensor of one'): call()
+
+@pytest.mark.parametrize('chunk', [None, 'auto', 64])
+def test_good_input_is_not_complained_about(chunk):
+    assert infonce._complaint(x, x.bfloat16(), torch.arange(4), chunk, scale=torch.ones(1), bias=-10, label_smoothing=0.1) == ''
+    assert infonce._complaint_about_values(x.bfloat16(), x) == ''
+
+def test_agreement_is_said_in_one_line():
+    with pytest.raises(UserError, match='no batch'): infonce._agree(('no batch', {}), LOCAL)
+    infonce._agree(('', {'b (rows)': 3}), LOCAL)
+    assert infonce._differ('E (width)', (512,) * 6 + (256,)) == 'ranks disagree on E (width): 512 on ranks 0, 1, 2, 3 and 2 more, 256 on rank 6; give every rank the same (drop or carry over the last partial batch)'
+
+def test_values_far_from_one_are_counted():
+    long, holed = x.clone(), x.clone(); long[1:] *= 3; holed[2, 0] = torch.nan
+    assert '3 of 4 image features have norms from 3 to 3, first row 1' in infonce._complaint_about_values(long, x)
+    assert '1 of 4 text features are not finite, first row 2' in infonce._complaint_about_values(x, holed)
+    assert '4 of 4 text features are not finite' in infonce._complaint_about_values(x, torch.full_like(x, torch.inf))
 
 @pytest.mark.parametrize('chunk', [None, 2, 'auto'])
 def test_checks_do_not_break_a_captured_graph(chunk):
@@ -369,7 +578,30 @@ def test_objectives():
     for objective, m, data, words in ((Contrastive(use_key=True), model, {'image': 0}, "needs batches with a 'key'"), (Sigmoid(), Pair(), batch, 'needs a model with a logit_bias')):
         with pytest.raises(UserError, match=words): objective.loss(z, m, data)
 
+class Learner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode_image, self.encode_text, self.logit_scale = torch.nn.Linear(10, 6), torch.nn.Linear(8, 6), torch.nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_bias = torch.nn.Parameter(torch.tensor(-10.))
+
+@pytest.mark.parametrize('objective, lr, floor, least', [(Contrastive(use_key=True), 0.02, math.log(2), 1.), (Sigmoid(), 0.05, 0., 0.5)])
+def test_objectives_learn_twelve_pairs_by_heart(objective, lr, floor, least):
+    torch.manual_seed(0); model = Learner()
+    batch = dict(image=torch.randn(12, 10), text=torch.randn(12, 8), key=torch.arange(12) // 2)
+    optimizer, trace = torch.optim.Adam(model.parameters(), lr=lr), []
+    for _ in range(40):
+        out = objective.loss(objective.features(model, batch), model, batch)
+        optimizer.zero_grad(); out['loss'].backward(); optimizer.step(); clamp_scale(model.logit_scale)
+        trace.append(out['loss'].item())
+    assert floor < trace[-1] < trace[0] * least
+    assert all(p.grad is not None for n, p in model.named_parameters() if n != 'logit_bias' or isinstance(objective, Sigmoid))
+    with torch.autocast('cpu', torch.bfloat16): assert objective.features(model, batch)['image'].dtype == torch.float32
+
+def test_options_of_an_objective(): assert vars(Contrastive()) == dict(chunk='auto', use_key=False, label_smoothing=0., check=False) and Contrastive(use_key=True).use_key
+
 def test_clamp_is_the_callers_choice():
+    t = torch.nn.Parameter(torch.tensor([-1., 2.66, 9.])); clamp_scale(t)
+    torch.testing.assert_close(t.detach().exp(), torch.tensor([1., math.exp(2.66), 100.]))
     for most, want in ((100., math.log(100)), (50, math.log(50)), (0, 9.), (None, 9.)):
         p = torch.nn.Parameter(torch.tensor(9.)); clamp_scale(p, most)
         assert p.item() == pytest.approx(want, abs=1e-6) and p.grad is None and p.requires_grad
@@ -428,21 +660,34 @@ RECORDED = { # rows that the bench may write, what the chapter says of them, and
     'a GPU': ([row(65536, f, s, device='cuda', dtype='bfloat16', width=1024) for f, s in (('plain', 2.), ('auto', 1.))], ['on a CPU: not run', '65536: plain 2.00 s, 20 MB; auto 0.50 × time'], []),
 }
 
+def as_recorded(rows, tmp_path):
+    out = tmp_path / 'results' / 'loss.jsonl'
+    if rows: out.parent.mkdir(); out.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return out
+
+@pytest.mark.parametrize('case', RECORDED)
+def test_the_bench_reports_whatever_rows_it_wrote(case, tmp_path, monkeypatch, capsys):
+    rows, said, unsaid = RECORDED[case]
+    bench = str(Path(__file__).parent / 'bench' / 'loss.py')
+    monkeypatch.setattr(sys, 'argv', [bench, '--report', '--out', str(as_recorded(rows, tmp_path))])
+    runpy.run_path(bench, run_name='__main__')
+    out = capsys.readouterr().out
+    for words in said: assert words in out, out
+    for words in unsaid: assert words not in out, out
+
 @pytest.mark.parametrize('case', RECORDED)
 def test_chapter_reads_whatever_rows_the_bench_wrote(case, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib', reason='figures need the extra [demo]')
     from clipa_nb.engine import viz
-    rows, said, unsaid = RECORDED[case]
-    if rows: (tmp_path / 'results').mkdir(); (tmp_path / 'results' / 'loss.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    rows, _, unsaid = RECORDED[case]
+    as_recorded(rows, tmp_path)
     monkeypatch.chdir(tmp_path)
     cells = [''.join(c['source']) for c in json.loads((Path(__file__).parents[1] / 'nbs' / '10_infonce.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
-    first = next(i for i, c in enumerate(cells) if 'results/loss.jsonl' in c)
     names = dict(json=json, pathlib=pathlib, viz=viz)
-    for c in cells[first:]: exec(c, names)
-    out = capsys.readouterr().out
-    assert len(cells) - first == 4 and names['fig'].canvas.get_width_height()
+    [reading] = [c for c in cells if 'results/loss.jsonl' in c]
+    exec(reading, names)
     names['fig'].canvas.draw()
-    for words in said: assert words in out, out
+    out = capsys.readouterr().out
     for words in unsaid: assert words not in out, out
 
 # -- a GPU --------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest, torch
 from clipa_nb.core import UserError
 from clipa_nb.text_truncation import TEXT_STRATEGIES, rule_tagger, text_strategy
-from clipa_nb.tokenizer import (MODES, SPECIAL, ClipBPE, Tokenizer, WordPiece, _CLIP_ASCII, _CLIP_SPLIT, _SPELLED, _plain, _plain_words, _tidy, _whole, caption_file, digest, load_tokenizer,
-                                official_words, open_clip_words, published, train_wordpiece)
+from clipa_nb.engine.vocabularies import (CLIP_SPLIT, SPECIAL, Memory, caption_file, check_ids, check_settings, check_texts, clean_text, clip_vocabulary, digest, find_vocabulary, first_difference,
+                                          is_plain, joined_surrogates, not_found, numbered, our_settings, published, published_name, read_json, read_text, read_vocabulary, settings, shelf_files)
+from clipa_nb.tokenizer import MODES, ClipBPE, Tokenizer, WordPiece, _CLIP_ASCII, _SPELLED, load_tokenizer, official_words, open_clip_words, plain_words, train_wordpiece
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = json.loads((ROOT / 'tests' / 'fixtures' / 'tokenizer' / 'official.json').read_text('utf-8'))
@@ -53,7 +54,7 @@ def fuzzed(n, seed):
 @pytest.mark.parametrize('vocabulary', ['small', 'bert-base-uncased'])
 def test_official_ids_are_those_of_the_original_operations(vocabulary, request):
     t, made = request.getfixturevalue('small' if vocabulary == 'small' else 'bert'), FIXTURE[vocabulary]
-    assert digest(t) == made['sha256']
+    assert digest(t.pieces) == made['sha256']
     wrong = [(ascii(s), ids(t, s), e) for s, e in zip(FIXTURE['strings'], made['ids'], strict=True) if ids(t, s) != e]
     assert not wrong, (len(wrong), wrong[:3])
     assert t(FIXTURE['strings'], 8).tolist() == made['rows_8']
@@ -101,8 +102,8 @@ def test_clip_ids_equal_simple_tokenizer(clip, captions):
         assert (a == b).all(), [(ascii(captions[i]), a[i].tolist(), b[i].tolist()) for i in (a != b).any(1).nonzero()[:3, 0]]
 
 def test_without_ftfy_a_warning_says_so(monkeypatch, tiny):
-    import clipa_nb.tokenizer as m
-    monkeypatch.setattr(m, '_mend', lambda: None)
+    import clipa_nb.engine.vocabularies as m
+    monkeypatch.setattr(m, 'ftfy_repair', lambda: None)
     with pytest.warns(UserWarning, match='ftfy is not installed'): assert tiny.split('it’s') == ['it', '’', 's']
 
 # ---- the library, and the fast path
@@ -134,9 +135,9 @@ def test_the_fast_path_for_plain_ascii_changes_nothing():
     rng = random.Random(1)
     for _ in range(4000):
         t = ''.join(map(chr, (rng.choice((32, rng.randint(32, 126), rng.randint(97, 122))) for _ in range(rng.randint(0, 40)))))
-        assert _plain(t) and official_words(t) == _plain_words(t, True) and official_words(t, lower=False) == _plain_words(t, False)
-        clean = _tidy(t).lower()
-        assert _CLIP_ASCII.findall(clean) == [w for w, _ in _CLIP_SPLIT.pre_tokenize_str(clean)]
+        assert is_plain(t) and official_words(t) == plain_words(t, True) and official_words(t, lower=False) == plain_words(t, False)
+        clean = clean_text(t).lower()
+        assert _CLIP_ASCII.findall(clean) == [w for w, _ in CLIP_SPLIT.pre_tokenize_str(clean)]
 
 @pytest.mark.parametrize('mode', MODES)
 def test_the_saved_pipeline_gives_the_same_ids(small, mode):
@@ -144,7 +145,7 @@ def test_the_saved_pipeline_gives_the_same_ids(small, mode):
     t = WordPiece(small.pieces, mode=mode); r, n = t.rust(), 0
     for s in FIXTURE['strings']:
         if _SPELLED.search(s) or max((len(unicodedata.normalize('NFKD', w).encode()) for w in s.split()), default=0) > 90 or any(0x13a0 <= ord(c) < 0x1400 or 0xab70 <= ord(c) < 0xabc0 or 0x1c80 <= ord(c) < 0x1c89 for c in s): continue
-        if mode == 'open_clip' and s != _tidy(s): continue
+        if mode == 'open_clip' and s != clean_text(s): continue
         n += 1; assert r.encode(s, add_special_tokens=False).ids == ids(t, s), ascii(s)
     assert n > (600 if mode == 'official' else 300)
 
@@ -239,9 +240,9 @@ def test_one_merge_of_clip_anywhere(clip, how, part, tmp_path):
 
 def test_a_published_vocabulary_cut_anywhere(bert, clip):
     for n in (104, 105, 150, 999, 1000, 1500, 1996, 2005, 2011, 2012, 2500, 4011, 4012, 9000, 20000, 30521):
-        with pytest.raises(UserError, match='cut short|damaged copy'): published(WordPiece([*bert.pieces[:n], *[s for s in SPECIAL if s not in bert.pieces[:n]]]))
+        with pytest.raises(UserError, match='cut short|damaged copy'): published(WordPiece([*bert.pieces[:n], *[s for s in SPECIAL if s not in bert.pieces[:n]]]).pieces)
     for n in (16, 100, 128, 2000, 3216, 20000, 48893):
-        with pytest.raises(UserError, match='damaged copy'): published(ClipBPE(clip.merges[:n]))
+        with pytest.raises(UserError, match='damaged copy'): published(ClipBPE(clip.merges[:n]).pieces)
 
 def test_other_vocabularies_are_somebody_s_own(bert, clip, small, tmp_path):
     "A list that merely begins like a published one, or fills its unused places, or was saved as it is."
@@ -250,7 +251,7 @@ def test_other_vocabularies_are_somebody_s_own(bert, clip, small, tmp_path):
     filled = [w.replace('[unused', '[mark') for w in bert.pieces]
     for pieces in (bert.pieces[:2000] + own[:2000], bert.pieces[:2000] + own, ['[PAD]', *(f'[unused{i}]' for i in range(99)), *SPECIAL[1:], *own[:500]], filled, [*filled, 'zzzqq'], [*bert.pieces, 'zzzqq'], small.pieces):
         (tmp_path / 'v.txt').write_text('\n'.join(pieces) + '\n', 'utf-8'); assert load_tokenizer(tmp_path / 'v.txt').pieces == pieces
-    assert published(ClipBPE(clip.merges[:20] + pairs)) is None and published(ClipBPE(pairs)) is None
+    assert published(ClipBPE(clip.merges[:20] + pairs).pieces) is None and published(ClipBPE(pairs).pieces) is None
     for t, file in ((WordPiece(bert.pieces[:5000], 9), 'vocab.txt'), (WordPiece(bert.pieces[:1500] + bert.pieces[1501:], 9), 'vocab.txt'), (ClipBPE(clip.merges[:100], 9), 'merges.txt')):
         shutil.rmtree(tmp_path / 'part', ignore_errors=True); t.save(tmp_path / 'part')
         for where in (tmp_path / 'part', tmp_path / 'part' / file): assert load_tokenizer(where).pieces == t.pieces and load_tokenizer(where).context_length == 9
@@ -337,8 +338,8 @@ def test_harmless_changes_of_a_file_are_read(small, tmp_path):
     (tmp_path / 'v.txt.gz').write_bytes(gzip.compress(('\n'.join(small.pieces) + '\n').encode())); assert load_tokenizer(tmp_path / 'v.txt.gz').pieces == small.pieces
 
 def test_published_vocabularies_are_recognised(bert, clip, tmp_path):
-    assert published(bert) == 'bert-base-uncased' and published(clip) == 'clip' and published(WordPiece([*bert.pieces, 'clipa'])) is None
-    assert hashlib.sha256(BERT.read_bytes()).hexdigest() == digest(bert) == '07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3'
+    assert published(bert.pieces) == 'bert-base-uncased' and published(clip.pieces) == 'clip' and published(WordPiece([*bert.pieces, 'clipa']).pieces) is None
+    assert hashlib.sha256(BERT.read_bytes()).hexdigest() == digest(bert.pieces) == '07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3'
     for t in (bert, clip): assert load_tokenizer(t.save(tmp_path / type(t).__name__)).pieces == t.pieces
     with pytest.raises(UserError, match='rows for 30000'): load_tokenizer(BERT, rows=30000)
     assert load_tokenizer(BERT, rows=32000).vocab_size == 30522
@@ -453,3 +454,204 @@ def test_no_threads_are_started_and_forks_agree(small, bpe):
     for t in (WordPiece(small.pieces), bpe):
         before = len(os.listdir('/proc/self/task')); t(fuzzed(200, 9)); assert len(os.listdir('/proc/self/task')) == before
         with multiprocessing.get_context('fork').Pool(2) as pool: assert pool.map(in_worker, [t] * 4) == [in_worker(t)] * 4
+
+# ---- the pieces of the chapter and of the workshop, one by one
+
+class Letters(Tokenizer):
+    "The simplest kind: words are between spaces, and each letter is a piece."
+    prefix = (1,)
+    def split(self, text): return text.split()
+    def cut(self, word): return [self.vocab.get(c, 1) for c in word]
+
+@pytest.fixture
+def letters(): return Letters({c: i for i, c in enumerate('_?abcdefghijklmnopqrstuvwxyz')}, 12)
+
+class LastWord:
+    def __call__(self, words, k, generator=None): return words[-1][1][:k] if words else []
+    def batch(self, captions, k, generator=None): return [self(words, k) for words in captions]
+
+class Forgetful(LastWord):
+    def batch(self, captions, k, generator=None): return []
+
+def refused(says, f, *args, **more):
+    with pytest.raises(UserError) as e: f(*args, **more)
+    assert says in str(e.value), (says, str(e.value))
+
+def test_a_kind_of_tokenizer_needs_split_and_cut(letters):
+    assert letters.words('a red') == [('a', [2]), ('red', [19, 6, 5])] and letters.vocab_size == 28 and repr(letters) == 'Letters(vocab_size=28, context_length=12)'
+    letters.words('a red')[1][1].append(99); assert letters.words('red') == [('red', [19, 6, 5])] # what is handed out is a copy
+    refused('one caption', letters.words, ['a']); refused('too short', Letters, {}, 1)
+    assert letters('a red hat', 6).tolist() == [[1, 2, 19, 6, 5, 9]] and letters('hi').tolist() == [[1, 9, 10] + [0] * 9]
+    assert letters([], 6).shape == (0, 6) and letters([''], 6).tolist() == [[1, 0, 0, 0, 0, 0]] and letters('a').dtype == torch.int64
+    assert letters.published == ''
+
+def test_strategies_of_the_call(letters):
+    backwards = lambda words, k, generator: [i for _, ids in words[::-1] for i in ids][:k]
+    assert letters('a red hat', 6, backwards).tolist() == [[1, 9, 2, 21, 19, 6]]
+    assert letters(['a red hat', 'hi', ''], 5, LastWord()).equal(letters(['a red hat', 'hi', ''], 5, LastWord().__call__))
+    refused('0 lists for 1 captions', letters, 'a', 5, Forgetful()); refused('context length 0 is too short', letters, 'a', 0); refused("text_strategy('syntax')", letters, 'a', 6, 'syntax')
+    refused('returned 9 ids for 3 slots', letters, 'a red hat', 4, lambda w, k, g: [2] * 9); refused('from 0 to 27', letters, 'a', 4, lambda w, k, g: [28]); refused('not integers', letters, 'a', 4, lambda w, k, g: [.5])
+
+def test_texts_and_ids_are_checked_at_the_entrance():
+    import numpy as np
+    assert check_texts(('a', 'b')) == check_texts(np.array(['a', 'b'])) == ['a', 'b'] and check_texts([]) == [] and check_texts('one caption') == ['one caption']
+    refused('text 2 is of type float', check_texts, ['a', 'b', 3.0]); refused('text 0 is of type bytes', check_texts, [b'a']); refused('found int', check_texts, 7); refused('found set', check_texts, {'a'}); refused('found ndarray', check_texts, np.array('a'))
+    assert check_ids(torch.tensor([[1, 2, 3]]), 5) == [1, 2, 3] and check_ids(np.array([3]), 5) == [3]
+    refused('found 2 rows', check_ids, torch.ones(2, 3), 5); refused('found id -1', check_ids, [0, -1], 5); refused('0 to 30521', check_ids, [30522], 30522)
+    for wrong in ([1.7], torch.tensor([1.7]), 'ab', 7, None): refused('no integers', check_ids, wrong, 5)
+    from clipa_nb.tokenizer import _slots
+    assert (_slots(32, 1), _slots(8, 2)) == (31, 6)
+    refused('at least 2', _slots, 1, 1); refused('at least 3', _slots, 2, 2); refused('expected an integer', _slots, 8.0, 1)
+
+def test_the_memory_asks_once_and_is_emptied():
+    asked = []
+    memory = Memory(lambda w: asked.append(w) or len(w), limit=3)
+    assert [memory[w] for w in 'a cat and a dog'.split()] == [1, 3, 3, 1, 3] and asked == ['a', 'cat', 'and', 'dog'] and len(memory) == 1
+    assert memory['x' * 1000] == 1000 and 'x' * 1000 not in memory and len(pickle.loads(pickle.dumps(Memory(len)))) == 0
+
+def test_a_crowded_memory_changes_no_id():
+    texts = toy_texts(200); toy = train_wordpiece(texts, 256, 17); crowded = pickle.loads(pickle.dumps(toy)); crowded._cache.limit = 100
+    for start in range(0, 1000, 50): crowded([f'nonsense{i}' for i in range(start, start + 50)]); assert len(crowded._cache) <= 100
+    assert crowded(texts).equal(toy(texts))
+
+def test_repairs_of_text():
+    assert [is_plain(t) for t in ('a red circle', 'naïve', 'a\x00b', 'a\nb')] == [True, False, False, False]
+    assert joined_surrogates('\ud83d\ude00') == '😀' and joined_surrogates('a\ud83d!') == 'a\ufffd!' and joined_surrogates('你好') == '你好'
+    assert clean_text('  The CAT&amp;#39;s\n hat ') == "The CAT's hat" and clean_text('Fish &amp; chips') == 'Fish & chips' and clean_text('\ud83d') == '\ufffd'
+    if importlib.util.find_spec('ftfy'): assert clean_text('itâ€™s') == "it's"
+
+def test_a_vocabulary_is_numbered_or_refused(tiny):
+    assert numbered(['[PAD]', 'a', 'b'], ('[PAD]',)) == {'[PAD]': 0, 'a': 1, 'b': 2}
+    refused('entry 1 is empty', numbered, ['a', '', 'b']); refused('twice', numbered, ['a', 'a']); refused('[CLS] not among its 1', numbered, ['a'], ('[CLS]',))
+    learnt = tiny.merges[:2]; assert list(clip_vocabulary(learnt))[512:514] == ['do', 'dot']
+    refused('which no earlier merge makes', clip_vocabulary, learnt[::-1]); refused('expected two pieces', clip_vocabulary, [('a',)]); refused('twice', clip_vocabulary, [('a', 'b')] * 2)
+
+def test_letters_stand_for_bytes():
+    from clipa_nb.engine.vocabularies import BYTE_LETTERS
+    assert len(set(BYTE_LETTERS.values())) == 256 and list(BYTE_LETTERS)[:3] == [33, 34, 35] and BYTE_LETTERS[32] == 'Ġ'
+    back = {c: b for b, c in BYTE_LETTERS.items()}; assert bytes(back[BYTE_LETTERS[b]] for b in 'naïve 你'.encode()).decode() == 'naïve 你'
+
+def test_how_captions_are_split():
+    from clipa_nb.tokenizer import _ALONE, _HIDDEN
+    assert [bool(_ALONE.match(c)) for c in '世か$€_'] == [True, False, True, False, True] and _HIDDEN.sub('', 'so\u00adft hy\u200bphen') == 'soft hyphen'
+    for c, words in (('Straße, ﬁne ½', ['strasse', ',', 'fine', '1⁄2']), ('a\x07b so\u00adft', ['a', 'b', 'soft']), ('红色 red', ['红', '色', 'red']), ('[CLS] “quoted”', ['[', 'cls', ']', '“', 'quoted', '”']), ('\u0301 \u200b', [])): assert official_words(c) == words
+    assert official_words('Ünïque A', lower=False) == ['Ünïque', 'A'] and open_clip_words('Naïve', lower=False) == ['Naïve']
+    for c, words in (('Straße ½', ['straße', '½']), ('a\x07b [CLS] x', ['ab', '[CLS]', 'x']), ('红色 red', ['红', '色', 'red'])): assert open_clip_words(c) == words
+    assert open_clip_words('A plain caption.') == official_words('A plain caption.')
+
+SEVEN = ['strip', 'stripe', '##d', '##s', '##e', 'st', '##ed']
+
+def test_rows_of_a_handful_of_pieces():
+    t = WordPiece([*SPECIAL, *SEVEN, 'a', '.', 'cafe', *'я', '##я'], 8); other = WordPiece(t.pieces, 8, mode='open_clip')
+    assert t('A striped café.').tolist() == [[2, 12, 6, 7, 14, 13, 0, 0]] and t('striped ' * 9).tolist() == [[2, 6, 7, 6, 7, 6, 7, 6]]
+    assert t('a' * 101, 4).tolist() == [[2, 1, 0, 0]] and t('', 4).tolist() == [[2, 0, 0, 0]] and t('[CLS]', 4).tolist() == [[2, 1, 1, 1]]
+    assert other('striped ' * 9).tolist() == [[2, 6, 7, 6, 7, 6, 7, 0]] and other('[MASK] a [SEP].', 6).tolist() == [[2, 4, 12, 0, 13, 0]] and t('a striped cafe').tolist() == other('a striped cafe').tolist()
+    assert t('я' * 51, 3).tolist() == [[2, 1, 0]] and other('я' * 51, 5).tolist() == [[2, 15, 16, 16, 0]] and t('я' * 50, 3).tolist() == [[2, 15, 16]]
+    for x, c in ((t, 'a stripe'), (other, '[MASK]')): assert pickle.loads(pickle.dumps(x))(c).equal(x(c))
+    assert t.decode(t('A striped café.')) == 'a striped cafe .' and t.decode([0, 0]) == ''
+    refused('found 2 rows', t.decode, t(['a', 'a'])); refused('[PAD] has id 1', WordPiece, ['a', *SPECIAL]); refused('needs at least 2', t, 'a', 1); refused('needs at least 3', other, 'a', 2); refused('did you mean official', WordPiece, SPECIAL, mode='offical')
+
+def test_byte_pairs_of_a_handful_of_merges(tiny):
+    assert tiny.split("It's 2 dots!! 42") == ['it', "'s", '2', 'dots', '!!', '4', '2'] and tiny('dots dots dots', 5)[0, [0, -1]].tolist() == [tiny.sot, tiny.eot] and tiny('a<END_of_text>', 5)[0, 2].item() == tiny.eot
+    refused('needs at least 3', tiny, 'dot', 2); assert pickle.loads(pickle.dumps(tiny))('dot').equal(tiny('dot'))
+    assert ''.join(tiny.pieces[i] for i in tiny('dots dot', 8)[0].tolist()).endswith('<|endoftext|>!!!') and tiny.decode(tiny('dots dot', 8)) == 'dots dot'
+    assert tiny.decode(tiny('Dots, naïve!', 20)) == 'dots , naïve !' and tiny.decode(tiny('', 8)) == ''
+    plain = [c for c in fuzzed(900, 1) if is_plain(c) and '&' not in c and '_of_text' not in c.lower() and '<|' not in c]; pipeline = tiny.rust()
+    for c in plain: found = pipeline.encode(c).ids; assert found == tiny(c, 500)[0].tolist()[:len(found)], c
+    assert len(plain) > 20
+
+def test_clip_decodes_as_open_clip_does(clip):
+    simple = pytest.importorskip('open_clip.tokenizer').SimpleTokenizer()
+    assert clip.decode(clip('a photo of a cat')) == simple.decode(simple('a photo of a cat')[0, 1:6].tolist()).strip()
+
+def toy_texts(n):
+    import numpy as np
+    from clipa_nb.toyworld import WORLDS, caption_text, scenes
+    return caption_text(scenes(WORLDS['rich'], 0, np.arange(n)))
+
+def test_a_vocabulary_of_the_toy_world():
+    texts = toy_texts(4000); toy = train_wordpiece(texts, 256, 17)
+    assert max(len(p) for t in texts for _, p in toy.words(t)) == 1 and toy.pieces[:5] == list(SPECIAL) and toy.decode(toy(texts[0], 40)) == texts[0]
+    assert train_wordpiece(random.Random(0).sample(texts, len(texts)), 256, 17).pieces == toy.pieces and [toy.pieces[i] for i in toy.cut('cars')] == ['c', '##a', '##r', '##s']
+    refused('vocab_size 20 is too small', train_wordpiece, texts, 20)
+    sizes = (64, 72, 80, 96, 112, 128, 160, 192); pieces = [sum(len(ids(t, c)) for c in texts[:500]) / 500 for t in (train_wordpiece(texts, v) for v in sizes)]
+    assert pieces == sorted(pieces, reverse=True) and pieces[0] > 2 * pieces[sizes.index(128)] and pieces[-1] == sum(len(toy.words(c)) for c in texts[:500]) / 500
+
+def test_files_of_captions_that_are_packed_or_broken(tmp_path):
+    some = toy_texts(300); (tmp_path / 'b.tsv').write_text('image\tcaption\n' + ''.join(f'{i}.jpg\t{t}\n' for i, t in enumerate(some)))
+    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress('\n'.join(json.dumps(dict(caption=t)) for t in some).encode()))
+    for f in ('b.tsv', 'c.jsonl.gz'): assert train_wordpiece(caption_file(tmp_path / f), 200).pieces == train_wordpiece(some, 200).pieces
+    refused("no 'text'; it has: image, caption", lambda: list(caption_file(tmp_path / 'b.tsv', 'text')))
+    (tmp_path / 'half.txt.gz').write_bytes(gzip.compress(b'caption\n' * 99)[:-9]); refused('cannot be read', lambda: list(caption_file(tmp_path / 'half.txt.gz')))
+
+def test_a_fingerprint_notices_a_line(small):
+    p = small.pieces; assert len(digest(p)) == 64 and len({digest(p), digest(p[:-1]), digest(p[::-1])}) == 3
+
+def test_open_clip_reads_what_is_saved(tmp_path, captions):
+    for m in ('transformers', 'ftfy'): pytest.importorskip(m)
+    from tokenizers import Tokenizer as Rust
+    HFTokenizer = pytest.importorskip('open_clip.tokenizer').HFTokenizer; texts = toy_texts(4000); toy = train_wordpiece(texts, 256, 17); toy.save(tmp_path / 'toy')
+    assert Rust.from_file(str(tmp_path / 'toy' / 'tokenizer.json')).encode(texts[0]).ids == [i for i in toy(texts[0], 40)[0].tolist() if i]
+    assert HFTokenizer(str(tmp_path / 'toy'), context_length=9)(texts[:500]).equal(toy(texts[:500], 9))
+    saved = WordPiece(toy.pieces, 9, mode='open_clip'); assert HFTokenizer(str(saved.save(tmp_path / 'toy2')), context_length=9, strip_sep_token=True)(captions).equal(saved(captions))
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / 'latin.txt').write_bytes('naïve'.encode('latin-1')); (tmp_path / 'half.json').write_text('{"model": '); (tmp_path / 'packed.gz').write_bytes(gzip.compress(b'whole'))
+    assert read_text(tmp_path / 'packed.gz') == 'whole'; refused('not a whole UTF-8', read_text, tmp_path / 'latin.txt'); refused('not a whole JSON', read_json, tmp_path / 'half.json')
+
+def test_settings_are_levelled_and_compared(small, tiny, tmp_path):
+    from tokenizers import Tokenizer as Rust
+    saved, stock = read_json(small.save(tmp_path / 'a') / 'tokenizer.json'), json.loads(WordPiece(small.pieces, mode='open_clip').rust().to_str())
+    said, unsaid = ({**stock, 'normalizer': stock['normalizer'] | dict(strip_accents=accents)} for accents in (True, None)); assert settings(said) == settings(unsaid) != settings(saved)
+    assert settings(saved) == settings(json.loads(Rust.from_file(str(tmp_path / 'a' / 'tokenizer.json')).to_str())) == our_settings('WordPiece') and settings(said) == our_settings('WordPiece', True, 'open_clip') != our_settings('WordPiece', False, 'open_clip')
+    assert settings(read_json(tiny.save(tmp_path / 'b') / 'tokenizer.json')) == our_settings('ClipBPE')
+    stock['normalizer']['strip_accents'] = False; assert settings(stock) != our_settings('WordPiece', True, 'open_clip')
+    assert first_difference(dict(a=[1, 2]), dict(a=[1, 3]), 'its') == 'its.a.1 is 2, expected 3' and first_difference(dict(a=1), dict(a=1), 'its') is None and first_difference({}, dict(a=1), 'its') == 'its.a is None, expected 1'
+    assert check_settings('here', saved, our_settings('WordPiece'), SPECIAL) is None
+    for change in (dict(added_tokens=saved['added_tokens'] + [dict(saved['added_tokens'][0], id=len(small.pieces), content='[NEW]')]), dict(normalizer=None), dict(pre_tokenizer='x'), dict(model=dict(saved['model'], max_input_chars_per_word=5))): refused('here: ', check_settings, 'here', saved | change, our_settings('WordPiece'), SPECIAL)
+
+def test_ids_of_a_dictionary_are_the_numbers_from_0():
+    from clipa_nb.engine.vocabularies import ordered_pieces
+    assert ordered_pieces('here', dict(b=1, a=0)) == ['a', 'b']; refused('not 0 to 1', ordered_pieces, 'here', dict(a=0, b=2)); refused('not 0 to 1', ordered_pieces, 'here', dict(a=0, b='1'))
+
+def test_what_is_read_is_plain_data(small, tiny, tmp_path):
+    "Lists, pairs and dictionaries: the workshop knows no tokenizer class."
+    small.save(tmp_path / 'a'); tiny.save(tmp_path / 'b')
+    for file in ('', 'tokenizer.json', 'vocab.txt'): found = read_vocabulary(tmp_path / 'a' / file); assert (found['kind'], found['parts'], found['lower'], found['config']['mode']) == ('WordPiece', small.pieces, True, 'official')
+    for file in ('', 'tokenizer.json', 'merges.txt'): found = read_vocabulary(tmp_path / 'b' / file); assert (found['kind'], found['parts']) == ('ClipBPE', tiny.merges)
+    (tmp_path / 'short.txt').write_text('[PAD]\n[UNK]\n'); refused('[CLS] [SEP] [MASK] not among its 2 entries', read_vocabulary, tmp_path / 'short.txt'); refused('expected tokenizer.json', read_vocabulary, tmp_path)
+    saved = read_json(tmp_path / 'a' / 'tokenizer.json')
+    for change, says in ((dict(model=dict(type='Unigram', vocab=[])), 'found a Unigram tokenizer'), (dict(model='x'), 'expected BERT word pieces or CLIP byte pairs'), (dict(model=saved['model'] | dict(vocab={p: i for p, i in small.vocab.items() if i != 30})), 'not 0 to'), (dict(model=dict(type='BPE', vocab={}, end_of_word_suffix='</w>')), 'no list of merges'), (dict(normalizer=dict(type='Lowercase')), 'its normalizer')):
+        (tmp_path / 'x.json').write_text(json.dumps(saved | change)); refused(says, read_vocabulary, tmp_path / 'x.json')
+
+def test_landmarks_of_damaged_lists(bert, tiny, small):
+    from clipa_nb.engine.vocabularies import PUBLISHED, landmark_share
+    marks = {name: v[3:] for name, v in PUBLISHED.items()}; assert landmark_share(small.pieces, *marks['bert-base-uncased']) == 0 == landmark_share(tiny.pieces, *marks['clip'])
+    assert [landmark_share(bert.pieces[:i] + bert.pieces[i + 1:], *marks['bert-base-uncased']) for i in (1, 1500, 2000, 30500)] == [1, 1, 14 / 15, 1]
+    w = bert.pieces
+    for p in (w[:20000], [x for x in w if '[unused' not in x], [*w[:9000], w[9001], w[9000], *w[9002:]], [*w[:999], *sorted(w[999:])]): refused('a damaged copy of bert-base-uncased', published, p)
+    assert published([w[0], 'clipa', *w[2:]]) is None
+
+def test_published_by_fingerprint_and_not_by_name(bert, clip, small, tmp_path):
+    "The same list is recognised whatever it was loaded as, also with another mode; a changed one is not, and nothing is refused by asking."
+    for name in ('bert-base-uncased.txt', 'anything.txt'): (tmp_path / name).write_bytes(BERT.read_bytes()); assert load_tokenizer(tmp_path / name).published == 'bert-base-uncased'
+    assert WordPiece(bert.pieces, 8, mode='open_clip').published == 'bert-base-uncased' == pickle.loads(pickle.dumps(bert)).published and load_tokenizer(bert.save(tmp_path / 'm')).published == 'bert-base-uncased'
+    assert clip.published == 'clip' and small.published == '' == WordPiece([*bert.pieces, 'clipa']).published == WordPiece(bert.pieces[:-1]).published and published_name([]) == ''
+
+def test_the_public_ids_of_bert(bert):
+    assert len(ids(bert, 'a photo of a turquoise rhombus')) == 8 and bert('a photo of a cat', 8).tolist() == [[101, 1037, 6302, 1997, 1037, 4937, 0, 0]]
+
+def test_a_missing_vocabulary_names_the_variable_and_the_file(places):
+    for name, files in (('bert-base-uncased', ('bert-base-uncased.txt', 'bert-base-uncased.json')), ('clip', ('clip.txt', 'bpe_simple_vocab_16e6.txt.gz')), ('org/model', ('org/model.json',))):
+        says = not_found(name); assert '\n' not in says and str(places / 'shelf') in says and 'CLIPA_VOCABULARIES' in says and all(f in says for f in files) and set(files) <= set(shelf_files(name))
+    refused('CLIPA_VOCABULARIES', load_tokenizer, 'bert-base-uncased'); refused('bert-base-uncased.txt', find_vocabulary, 'bert-base-uncased')
+    assert 'hf download openai/clip' in not_found('clip') and 'hf download' not in not_found('no/such/vocab.txt') and 'CLIPA_VOCABULARIES' not in not_found('no/such/vocab.txt')
+
+def test_a_file_put_where_the_message_says_is_found(small, places):
+    (places / 'shelf' / 'me').mkdir(parents=True); small.save(places / 'x')
+    for name in ('mine', 'me/mine'):
+        for file in shelf_files(name): text = (places / 'x' / ('tokenizer.json' if file.endswith('.json') else 'vocab.txt')).read_text(); (places / 'shelf' / file).write_text(text); assert load_tokenizer(name).pieces == small.pieces; (places / 'shelf' / file).unlink()
+
+def test_loading_says_what_is_wrong_with_the_arguments(small, tmp_path):
+    small.save(tmp_path / 'm')
+    refused('too short', load_tokenizer, tmp_path / 'm', 0); refused('unknown mode', load_tokenizer, tmp_path / 'm', mode='tf'); refused('rows for 100', load_tokenizer, tmp_path / 'm', rows=100); refused('did you mean bert-base-uncased', load_tokenizer, 'bert-base-uncase')

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import UserError, generator
 from clipa_nb.cost import SIZES, n_tokens
-from clipa_nb.patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, grid_of, patchify, resize_positions, sincos, speeds, tokens
-from clipa_nb.token_dropping import IMAGE_STRATEGIES, TokenDrop, n_keep, resize, resize_for, take_tokens, true_ratio
+from clipa_nb.patch_embedding import FORMS, ClassToken, LearnedPositions, PatchEmbed, SinCos, _fitting, grid_of, patchify, resize_positions, sincos, speeds, tokens, waves
+from clipa_nb.token_dropping import IMAGE_STRATEGIES, TokenDrop, _chance, _no_window, _patches, _rectangle, _stride, _window, grid_ids, n_keep, no_ids, resize, resize_for, take_tokens, true_ratio
 
 DROPPING = ('random', 'grid', 'block')
 GRIDS = [(8, 8), (6, 10), (1, 7), (16, 16), (3, 5)]
@@ -40,13 +40,27 @@ def test_published_token_counts():
     table = {(16, 64): 17, (16, 96): 37, (16, 112): 50, (16, 160): 101, (16, 224): 197, (14, 70): 26, (14, 84): 37, (14, 98): 50, (14, 112): 65, (14, 224): 257, (14, 336): 577}
     for (patch, size), n in table.items(): assert tokens(size, patch) == tokens((size, size), patch) == n_tokens(size, patch) == n and tokens(size, patch, cls=False) == n - 1
 
+def test_grids_by_hand():
+    assert grid_of(48, 80, 16) == (3, 5) and tokens((48, 80), 16, cls=False) == 15 and tokens([224, 224], 16) == 197
+    assert (_fitting(100, 16), _fitting(96, 16), _fitting(8, 14), _fitting(0, 14)) == ('96 or 112', '96', '14', '14')
+    assert set(PatchEmbed(8, 4).state_dict()) == {'weight'}
+
+@pytest.mark.parametrize('shape, p', [((4, 4), 2), ((8, 24), 4), ((24, 40), 8)])
+def test_patchify_is_two_reshapes_and_a_permutation(shape, p):
+    x = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8); h, w = grid_of(*shape, p)
+    assert patchify(x, p).equal(x.reshape(2, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(2, h * w, 3 * p * p)) and patchify(x, p).is_contiguous()
+
 def test_class_token_in_front_of_every_sample():
     front = ClassToken(4); x = torch.randn(3, 5, 4); front(x).sum().backward()
+    assert front(x.bfloat16()).dtype == torch.bfloat16 and front.token.requires_grad
     assert front(x).shape == (3, 6, 4) and front(x)[:, 1:].equal(x) and front.token.grad.tolist() == [3.] * 4
 
 @pytest.mark.parametrize('call, says', [
     (lambda: tokens(100, 16), 'use 96 or 112'), (lambda: tokens((96, 0), 16), 'use 96 pixels for the height'), (lambda: tokens(224, 0), '1 or more'), (lambda: grid_of(0, 0, 16), 'not divisible'),
     (lambda: PatchEmbed(8, 0), 'found a patch of 0 pixels, expected 1 or more'), (lambda: PatchEmbed(8, -4), 'found a patch of -4 pixels'),
+    (lambda: grid_of(100, 96, 16), 'use 96 or 112'), (lambda: grid_of(8, 8, 14), 'use 14 pixels'), (lambda: grid_of(8, 8, 0), '1 or more'), (lambda: SinCos(30), 'multiple of 4'), (lambda: speeds(30), 'use 28 or 32'), (lambda: sincos((8, -1), 8), 'at least 1×1'),
+    (lambda: PatchEmbed(8, 4)(torch.zeros(2, 1, 8, 8)), 'convert the images to RGB'), (lambda: PatchEmbed(32, 8)(torch.zeros(2, 3, 25, 40)), 'use 24 or 32'),
+    (lambda: resize_positions(torch.zeros(16, 6), (4, 4), (8, 8), 1), 'found 16 positions'), (lambda: resize_positions(torch.zeros(16, 6), (3, 5), (0, 8), 1), 'at least 1×1'),
     (lambda: PatchEmbed(8, 4)(torch.zeros(3, 8, 8)), 'batch axis'), (lambda: PatchEmbed(8, 4)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), 'normalise'), (lambda: PatchEmbed(8, 4)(torch.zeros(1, 3, 0, 8)), 'not divisible'),
     (lambda: sincos((0, 4), 8), 'at least 1×1'), (lambda: sincos((2, 2), 6), 'use 4 or 8'), (lambda: sincos((2, 2), 8, 'mocco'), 'did you mean moco'), (lambda: SinCos(8)((4, 0)), 'at least 1×1'),
     (lambda: LearnedPositions(8, (0, 4)), 'at least 1×1'), (lambda: LearnedPositions(8, (2, 2))((0, 4)), 'at least 1×1'), (lambda: resize_positions(torch.zeros(10, 8), (3, 3), (4, 4)), 'expected 0 + 3×3'),
@@ -62,6 +76,12 @@ def test_the_widths_an_error_offers_work(width):
     offered = [int(n) for n in str(e.value).split('use ')[1].split(' or ')]
     assert len(set(offered)) == len(offered) and all(len(speeds(n)) == n // 4 for n in offered)
     assert offered == sorted({max(4, width // 4 * 4), max(4, width // 4 * 4 + 4)})
+
+def test_speeds_by_hand():
+    assert (FORMS['moco'](1), FORMS['moco'](32), FORMS['mae'](32)) == (1, 31, 32) and speeds(4, 'moco').tolist() == [1.]
+    assert speeds(8, 'moco').tolist() == pytest.approx([1, 1e-4], abs=1e-12) and speeds(8, 'mae').tolist() == pytest.approx([1, 1e-2], abs=1e-12)
+    assert waves(3, 8, 'mae', 'cpu')[0].tolist() == [0, 0, 1, 1] and waves(3, 8, 'mae', 'cpu')[2].tolist() == pytest.approx([f(2 * s) for f in (math.sin, math.cos) for s in (1, 0.01)], abs=1e-12)
+    with pytest.raises(UserError, match='did you mean moco'): speeds(8, 'moko')
 
 @pytest.mark.parametrize('form', ['moco', 'mae'])
 @pytest.mark.parametrize('grid, width', [((3, 5), 8), ((4, 4), 4), ((24, 24), 64)])
@@ -104,6 +124,25 @@ def test_learned_positions_learn_through_a_resize():
     for new in ((8, 8), (2, 3)):
         learned = LearnedPositions(4, (4, 4), n_prefix=1); learned(new).square().sum().backward()
         assert learned(new).shape == (1 + new[0] * new[1], 4) and (learned.table.grad.abs().sum(1) > 0).all()
+
+def test_resizing_by_hand():
+    ramp = resize_positions(torch.arange(4.)[:, None], (1, 4), (1, 8))[:, 0]
+    torch.testing.assert_close(ramp + ramp.flip(0), torch.full((8,), 3.), rtol=0, atol=1e-5)
+    assert ramp[3:5].tolist() == pytest.approx([1.25, 1.75], abs=1e-6) and ramp[0] < 0
+    torch.testing.assert_close(resize_positions(torch.eye(4), (1, 4), (1, 8)), resize_positions(torch.eye(4), (4, 1), (8, 1)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(resize_positions(torch.ones(9, 2), (3, 3), (2, 7)), torch.ones(14, 2), rtol=0, atol=1e-6)
+    pos = torch.randn(16, 6, requires_grad=True)
+    assert resize_positions(pos, (3, 5), (3, 5), 1) is pos
+    bigger = resize_positions(pos, (3, 5), (6, 4), 1); bigger[1:].sum().backward()
+    assert bigger[0].equal(pos[0]) and (pos.grad[1:].abs().sum(1) > 0).all() and float(pos.grad[1:].sum()) == pytest.approx(24 * 6, abs=1e-3)
+
+def test_positions_are_called_alike():
+    fixed, learned = SinCos(32, n_prefix=1), LearnedPositions(32, (4, 4), n_prefix=1)
+    for m in (fixed, learned): assert m((8, 6)).shape == (49, 32) and m((4, 4), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert learned((4, 4)) is learned.table and set(learned.state_dict()) == {'table'}
+    assert fixed((8, 8))[1:].equal(sincos((8, 8), 32).float()) and fixed((8, 8))[0].abs().sum() == 0
+    with torch.inference_mode(): fresh = SinCos(8); fresh((4, 4))
+    assert not fresh((4, 4)).is_inference()
 
 def test_sincos_module_remembers_little_and_saves_nothing():
     m = SinCos(8, n_prefix=1)
@@ -149,6 +188,30 @@ def test_ids_are_distinct_ascending_and_as_many_as_promised(strategy, grid):
         assert true_ratio(strategy, grid, ratio) == 1 - k / (grid[0] * grid[1])
         if ratio == 0: assert ids.equal(torch.arange(grid[0] * grid[1]).expand(7, -1))
     assert done >= 1
+
+def test_counts_by_hand():
+    assert _patches((3, 5), 0.) == 15 and n_keep('random', (7, 7), 0.5) == 24 and n_keep('random', (3, 5), 0.) == 15 and n_keep('random', (1, 1), 0.) == 1
+    with pytest.raises(UserError, match='ratio up to 0.899'): n_keep('random', (2, 5), 0.9)
+    assert n_keep('random', (2, 5), 0.899) == 1
+    assert [_window(1 - 1 / s**2) for s in range(1, 33)] == [*range(1, 33)] and [_window(r) for r in (0.5, 0.7, 0.8, 0.97)] == [0] * 4
+    assert [_stride((12, 24), 1 - 1 / s**2) for s in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 6, 12]
+    for grid, ratio, says in (((8, 8), 0.5, '0.000 or 0.750'), ((9, 9), 0.75, '0.000 or 0.889'), ((7, 7), 0.75, '0.000 or 0.980, the nearest on a grid of 7×7')):
+        with pytest.raises(UserError, match=says): _stride(grid, ratio)
+    for ratio, sides, says in ((0.8, range(1, 9), 'expected 0.750 or 0.889, the nearest there are'), (0.999, [1], 'expected 0.000, the'), (0.9998, [1, 50, 100], 'expected 0.9996 or 0.9999, the')):
+        assert says in str(_no_window(ratio, sides, 'there are'))
+    assert [_window(v) for v in (0.9996, 0.9999)] == [50, 100]
+    assert [_rectangle(g, r) for g, r in (((8, 8), 0.75), ((8, 8), 0.5), ((6, 10), 0.75), ((3, 5), 0.), ((5, 5), 0.75), ((7, 7), 0.75))] == [(4, 4), (6, 6), (3, 5), (3, 5), (2, 2), (4, 4)]
+    with pytest.raises(UserError, match='leaves none'): _rectangle((1, 16), 0.9)
+    assert true_ratio('block', (8, 8), 0.5) == 1 - 36 / 64
+    assert no_ids(2, (2, 3)).equal(torch.arange(6).expand(2, 6))
+    assert grid_ids(1, (4, 6), 0.75, corner=(0, 0))[0].tolist() == [0, 2, 4, 12, 14, 16]
+    with pytest.raises(UserError, match=r'found corner \(0, 2\)'): grid_ids(1, (8, 8), 0.75, corner=(0, 2))
+    assert resize_for(1, 16) == 16 and [resize_for(n, p) for n, p in ((16, 8), (49, 16), (98, 16), (36, 14))] == [32, 112, 160, 84]
+
+def test_a_draw_without_a_generator_is_the_default_ones():
+    torch.manual_seed(3); a = torch.rand(2, generator=None); torch.manual_seed(3)
+    assert torch.rand(2, **_chance(None, 'cpu')).equal(a) and 'generator' not in _chance(None, None)
+    assert not IMAGE_STRATEGIES['random'](4, (8, 8), 0.75, generator(1, 'drop')).equal(IMAGE_STRATEGIES['random'](4, (8, 8), 0.75, generator(0, 'drop')))
 
 def test_official_rounding():
     assert [n_keep('random', (s, s), r) for s, r in ((16, 0.3), (16, 0.4), (24, 0.4), (14, 0.75), (14, 0.5))] == [179, 153, 345, 49, 98]
@@ -198,6 +261,8 @@ def test_resizing_pictures():
     small = resize(x, 16); exact = F.interpolate(x.double(), size=(16, 16), mode='bilinear', antialias=True)
     assert small.dtype == torch.uint8 and small.shape == (2, 3, 16, 16) and (small.double() - exact).abs().max() <= 0.5 + 1e-3
     assert resize(x.float(), 16).dtype == torch.float32 and resize(x.bfloat16(), 16).dtype == torch.bfloat16
+    stripes = (torch.arange(64).view(1, 1, 8, 8) // 8 % 2 * 255).to(torch.uint8)
+    assert resize(x[:, :, :, :32], 32).equal(x[:, :, :, :32]) and 100 < resize(stripes, 4)[0, 0, 1:-1].float().mean() < 155 # grey, as from afar
     for budget in range(1, 300):
         side = resize_for(budget, 14) // 14
         assert resize_for(budget, 14) % 14 == 0 and abs(side**2 - budget) == min(abs(s * s - budget) for s in range(1, 20))
@@ -323,7 +388,8 @@ def forgot(b, grid, ratio, generator=None, device=None): pass # the return
     (lambda: TokenDrop('random', -0.1), 'expected 0 ≤ ratio < 1'), (lambda: TokenDrop('block', 1), 'expected 0 ≤ ratio < 1'), (lambda: TokenDrop('grid', 0.5), '0.000 or 0.750'), (lambda: TokenDrop('none', 0.5), 'name a strategy'),
     (lambda: TokenDrop('blok', 0.5), 'did you mean block'), (lambda: TokenDrop('resize', 0.5), 'it is a transform'), (lambda: TokenDrop()(torch.zeros(1, 0, 4), (0, 8)), 'at least 1×1'),
     (lambda: TokenDrop('random', 0.5, 1)(torch.zeros(1, 64, 4), (8, 8)), 'expected 1 + 8×8'), (lambda: TokenDrop('grid', 0.75)(torch.zeros(1, 49, 4), (7, 7)), '0.000 or 0.980'),
-    (lambda: take_tokens(torch.zeros(3, 8, 4), torch.zeros(2, 4, dtype=torch.int64)), 'one row of ids'),
+    (lambda: take_tokens(torch.zeros(3, 8, 4), torch.zeros(2, 4, dtype=torch.int64)), 'one row of ids'), (lambda: take_tokens(torch.zeros(3, 8, 4), torch.zeros(4, dtype=torch.int64)), 'expected [B,N,D] and [B,K]'),
+    (lambda: TokenDrop('random', 0.75)(torch.zeros(1, 16, 4), (8, 8)), 'drop once'),
     (lambda: TokenDrop('random', 0.5, -1), 'found n_prefix = -1, expected 0 or more'), (lambda: TokenDrop(n_prefix=-1), 'found n_prefix = -1'),
     (lambda: TokenDrop(forgot, 0.5)(torch.zeros(1, 8, 4), (2, 4)), "the strategy forgot gave NoneType, expected ids [B,K]"), (lambda: TokenDrop(lambda *a, **k: [[0, 1]], 0.5)(torch.zeros(1, 8, 4), (2, 4)), 'gave list, expected'),
     (lambda: TokenDrop(lambda b, grid, ratio, device: torch.ones(b, 8, dtype=torch.bool), 0.5)(torch.zeros(1, 8, 4), (2, 4)), 'gave torch.bool, expected ids [B,K]: an int64 tensor'),

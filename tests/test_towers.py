@@ -6,11 +6,11 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from clipa_nb.clip import CLIP, CLIP_INITS, IMAGE_POOLS, MODELS, TEXT_MASKS, TEXT_POOLS, First, HFTower, Mean, ModelConfig, NormedMean, TimmTower, Unit, build_clip, image_tower, init_clip, load_weights, model_config, text_tower
+from clipa_nb.clip import CLIP, CLIP_INITS, IMAGE_POOLS, MODELS, TEXT_MASKS, TEXT_POOLS, AttentionPool, First, HFTower, Mean, MeanMax, ModelConfig, NormedMean, Out, Probe, TimmTower, Unit, _fit_grid, _fit_positions, _load_by_name, _timm_grid, _timm_tokens, build_clip, eos, eot, first, image_tower, init_clip, init_pool, last, load_weights, misfits, model_config, text_tower
 from clipa_nb.core import UserError, autocast
 from clipa_nb.cost import SIZES, Tower, parameters
 from clipa_nb.optimization import make_optimizer, param_groups
-from clipa_nb.transformer import CHECKPOINTING, ACTS, INITS, Attention, Block, DropPath, Encoder, ScaledBlock, attention, causal_mask, init_encoder, pad_mask, pick_attention, reading_weights
+from clipa_nb.transformer import CHECKPOINTING, ACTS, INITS, MLP, Attention, Block, DropPath, Encoder, ScaledBlock, _expensive, attention, causal_mask, function_name, gelu_tanh, init_encoder, pad_mask, pick_attention, reading_weights
 
 SMALL = ModelConfig(image=Tower(32, 3, 4, 96), text=Tower(24, 2, 3, 72), embed_dim=16, image_size=32, patch=8, context_length=7, vocab_size=60)
 
@@ -65,7 +65,49 @@ def test_nothing_leaks_through_a_mask():
 def test_masks_that_are_not_boolean(mask):
     q = torch.randn(1, 1, 5, 4)
     for impl in ('matmul', 'sdpa'):
-        with pytest.raises(UserError, match='expected a boolean tensor'): attention(q, q, q, mask, impl)
+        with pytest.raises(UserError, match='expected a boolean tensor') as e: attention(q, q, q, mask, impl)
+        found = repr(mask) if isinstance(mask, str) else f"a mask of {getattr(mask, 'dtype', 'list')}"
+        assert f'found {found}, expected' in str(e.value)
+
+def test_masks_by_hand():
+    assert causal_mask(6).sum() == 21 and causal_mask(6)[0].tolist() == [True] + [False] * 5
+    assert pad_mask(torch.tensor([[5, 0, 7, 9, 0, 0]])).tolist() == [[True] * 4 + [False] * 2]
+    q, k = torch.randn(2, 3, 4)
+    weights = reading_weights(q, k, torch.tensor([True, True, False]))
+    assert (weights[:, 2] == 0).all() and torch.allclose(weights.sum(1), torch.ones(3))
+    assert reading_weights(q.bfloat16(), k.bfloat16()).dtype == torch.float32
+    ids = torch.tensor([[49406, 320, 1125, 49407, 0, 0], [49406, 320, 49407, 0, 0, 0]])
+    masks = {name: mask(ids) for name, mask in TEXT_MASKS.items()}
+    assert {n: list(m.shape) if isinstance(m, torch.Tensor) else m for n, m in masks.items()} == dict(none=None, pad=[2, 1, 1, 6], causal='causal', causal_pad=[2, 1, 6, 6])
+    assert masks['pad'][:, 0, 0].sum(1).tolist() == [4, 3] and masks['causal_pad'][1, 0].sum(1).tolist() == [1, 2, 3, 3, 3, 3]
+
+def test_auto_is_matmul_in_half_precision_on_a_cpu():
+    torch.manual_seed(0)
+    half = torch.randn(3, 1, 2, 17, 16).bfloat16().unbind(0)
+    assert torch.equal(attention(*half), attention(*half, impl='matmul')) and not torch.equal(attention(*half, impl='matmul'), attention(*half, impl='sdpa'))
+    assert [pick_attention('cpu', torch.bfloat16, n) for n in (17, 1023, 1024)] == ['matmul', 'matmul', 'sdpa']
+
+def test_attention_and_probe_are_torchs():
+    torch.manual_seed(0)
+    ours, theirs, x = Attention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(2, 6, 32)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
+    probe = Probe(32, 4); nn.init.normal_(probe.probe)
+    theirs.load_state_dict({k: v for k, v in probe.state_dict().items() if k != 'probe'})
+    assert torch.allclose(probe(x), theirs(probe.probe.expand(2, 1, 32), x, x)[0][:, 0], atol=1e-6)
+
+def test_functions_are_named():
+    assert [function_name(f) for f in (gelu_tanh, partial(pow, 3, mod=7), nn.GELU())] == ['gelu_tanh', 'pow(3, mod=7)', 'GELU']
+    assert {n: function_name(f) for n, f in ACTS.items()} == {n: n for n in ACTS}
+    mlp, x = MLP(32, 64, 'gelu_tanh'), torch.randn(2, 6, 32)
+    assert mlp.extra_repr() == 'act=gelu_tanh' and torch.allclose(mlp(x)[:, :3], mlp(x[:, :3]), atol=1e-6) # each token alone
+
+def test_registries_hold_named_functions():
+    "A repr, a pickle and a traceback can name what stands in a registry."
+    from clipa_nb import clip, patch_embedding, token_dropping, transformer
+    for registry in (clip.IMAGE_POOLS, clip.TEXT_POOLS, clip.TEXT_MASKS, clip.UNITS, clip.HF_POOLS, transformer.INITS, transformer.ACTS, transformer.CHECKPOINTING, patch_embedding.FORMS, token_dropping.IMAGE_STRATEGIES, token_dropping._KEEPS):
+        assert all(f.__name__ != '<lambda>' for f in registry.values())
+    assert all(f.__name__ != '<lambda>' for row in clip.CLIP_INITS.values() for f in row if callable(f)) and list(CLIP_INITS) == ['jax', 't5x', 'open_clip', 'small']
 
 def test_pad_mask_keeps_a_first_token():
     assert pad_mask(torch.zeros(2, 4, dtype=torch.int64)).sum(1).tolist() == [1, 1]
@@ -188,7 +230,54 @@ def test_unit_forms():
     assert Unit()(z.bfloat16()).dtype == torch.float32
     with pytest.raises(UserError, match='did you mean clamp'): Unit('clam')
 
+def test_pools_by_hand():
+    x, same = torch.tensor([[[9., 9.], [1., 0.], [2., 0.], [3., 6.]]]), nn.Identity()
+    want = {First(): [9., 9.], Mean(0): [3.75, 3.75], Mean(1): [2., 2.], NormedMean(1): [2., 2.], MeanMax(1): [5., 8.]}
+    for pool, z in want.items(): assert pool(x, same).tolist() == [z]
+    torch.manual_seed(0)
+    x, norm = torch.randn(2, 5, 16), nn.LayerNorm(16)
+    assert torch.allclose(First()(x, norm), norm(x)[:, 0], atol=1e-6) and (Mean(1)(x, norm) - NormedMean(1)(x, norm)).abs().max() > 0.1
+    pool = AttentionPool(16, 4, 64); nn.init.normal_(pool.attn.probe)
+    y = pool.attn(norm(x))
+    assert torch.allclose(pool(x, norm), y + pool.mlp(pool.ln(y)), atol=1e-6) and torch.allclose(pool(x[:, [3, 0, 4, 1, 2]], norm), pool(x, norm), atol=1e-5)
+    pool = init_pool(AttentionPool(256, 4, 1024))
+    assert float(pool.attn.probe.detach().std()) * (257 / 2)**0.5 == pytest.approx(1, abs=0.15) and float(pool.attn.in_proj_bias.detach().abs().max()) == 0
+
+def test_text_pools_by_hand():
+    ids = torch.tensor([[49406, 320, 1125, 49407, 0, 0], [49406, 320, 49407, 0, 0, 0]])
+    x = torch.arange(12.).view(2, 6, 1)
+    taken = lambda pool: pool(x, ids).flatten().tolist()
+    assert [taken(p) for p in (last, eot, first)] == [[5, 11], [3, 8], [0, 6]] and list(TEXT_POOLS) == ['last', 'eot', 'eos', 'first']
+    assert taken(partial(eos, eos_id=49407)) == [3, 8] and taken(partial(eos, eos_id=5)) == [0, 6] # an id that is not there: the first position, as in open_clip
+
+def test_two_unit_forms_agree_for_long_embeddings():
+    torch.manual_seed(0)
+    z = torch.randn(200, 64); z = z / z.norm(dim=1, keepdim=True) * torch.logspace(-9, 1, 200)[:, None]
+    differ = (Unit('clamp', 1e-12)(z) != Unit('add', 1e-8)(z)).any(1)
+    assert differ.any() and not differ[z.norm(dim=1) > 0.26].any() and Unit()(torch.zeros(1, 4)).abs().max() == 0
+    with pytest.raises(UserError, match='unknown normalisation'): Unit('l2')
+
 # what a tower says
+
+def test_tokens_are_computed_when_they_are_read():
+    calls = []
+    out = Out(grid=(4, 4), tokens=lambda: calls.append('computed') or torch.zeros(1, 16, 8))
+    assert repr(out) == 'Out(grid, tokens)' and list(out) == ['grid', 'tokens'] and 'tokens' in out and len(out) == 2 and calls == []
+    assert out['tokens'].shape == (1, 16, 8) and out['tokens'] is out['tokens'] and calls == ['computed']
+    with pytest.raises(KeyError): out['patches']
+
+@pytest.mark.parametrize('strategy,ratio', [('random', 0.5), ('grid', 0.75), ('block', 0.75)])
+def test_a_tower_places_patches_before_it_drops_them(strategy, ratio):
+    "Blocks that start as the identity hand the tokens through: each must be its patch plus the position of its id."
+    tower = build_clip(SMALL.replace(init='small', image_strategy=strategy, image_ratio=ratio)).visual.train()
+    image = batch(SMALL)[0]
+    _, out = tower(image)
+    x, grid = tower.patch(image)
+    placed = x + tower.positions(grid)[1:]
+    want = placed.gather(1, out['ids'][..., None].expand(-1, -1, placed.shape[-1]))
+    assert torch.allclose(out['tokens'], tower.norm(want), atol=1e-6)
+    late = x.gather(1, out['ids'][..., None].expand(-1, -1, x.shape[-1])) + tower.positions(grid)[1:1 + want.shape[1]]
+    assert not torch.allclose(tower.norm(late), tower.norm(want), atol=1e-2)
 
 @pytest.mark.parametrize('pool', IMAGE_POOLS)
 @pytest.mark.parametrize('ratio', [0., 0.5])
@@ -303,6 +392,16 @@ def test_what_is_made_again(how, products, norms):
     with Count() as again: y.backward()
     assert (again.products, again.norms) == (products, norms)
 
+def test_what_is_expensive():
+    aten, wide, narrow = torch.ops.aten, torch.zeros(5, 8), torch.zeros(8, 3)
+    keeps = lambda op, *args: _expensive(None, op, *args).name == 'MUST_SAVE'
+    assert keeps(aten.mm.default, narrow, torch.zeros(3, 8)) and not keeps(aten.mm.default, wide, narrow) and not keeps(aten.gelu.default, wide)
+    assert keeps(aten.addmm.default, torch.zeros(8), narrow, torch.zeros(3, 8)) and not keeps(aten.addmm.default, torch.zeros(3), wide, narrow)
+    from clipa_nb.transformer import _FUSED
+    assert _FUSED and all(keeps(op) for op in _FUSED)
+    with pytest.raises(UserError, match='unknown checkpointing'): Encoder(64, 4, 4, 256, checkpointing='some')
+    assert sum(p.numel() for p in Encoder(64, 4, 4, 256).parameters()) == 4 * (12 * 64 * 64 + 13 * 64)
+
 def test_checkpointing_is_the_callers_choice():
     model = build_clip(SMALL)
     for enable, how in ((True, 'full'), ('selective', 'selective'), (False, 'none')):
@@ -321,7 +420,11 @@ def test_other_blocks():
     assert torch.allclose(full(x), plain(x), atol=1e-6)
     kept = (DropPath(0.5)(torch.ones(2000, 1, 1)).flatten() > 0).float().mean()
     assert 0.44 < kept < 0.56
-    for p in (-0.1, 1.): 
+    dropped = DropPath(0.25)(torch.ones(4000, 1, 1))
+    assert sorted({round(v, 3) for v in dropped.flatten().tolist()}) == [0., 1.333] and abs(dropped.mean() - 1) < 0.05
+    assert torch.equal(DropPath(0.25).eval()(torch.ones(4, 1, 1)), torch.ones(4, 1, 1))
+    assert torch.allclose(ScaledBlock(32, 4, 64, scale=1e-5)(x), x, atol=1e-3) and set(full.state_dict()) - set(plain.state_dict()) == {'ls_1', 'ls_2'}
+    for p in (-0.1, 1.):
         with pytest.raises(UserError, match='expected 0 ≤ p < 1'): DropPath(p)
 
 # how towers start
@@ -379,6 +482,7 @@ def test_small_starts_as_the_identity():
     assert torch.equal(init_encoder(Encoder(32, 3, 4, 64), 'small')(x), x)
     with pytest.raises(UserError, match='unknown initialisation'): init_encoder(Encoder(32, 1, 4, 64), 'he')
     with pytest.raises(UserError, match='did you mean t5x'): build_clip(SMALL.replace(init='t5'))
+    with pytest.raises(UserError, match='did you mean jax'): build_clip(SMALL.replace(init='jx'))
 
 @pytest.mark.parametrize('style', CLIP_INITS)
 def test_a_used_model_begins_anew(style):
@@ -426,6 +530,15 @@ def test_every_published_size_is_there():
     assert {(c.patch, c.image.width, c.image.depth) for n, c in MODELS.items()} == {(s.patch, s.image.width, s.image.depth) for s in SIZES.values()}
     assert set(SIZES) == {'S/16', 'B/16', 'B/32', 'L/16', 'L/14', 'H/14', 'g/14', 'bigG/14'}
 
+def test_names_of_published_models():
+    assert model_config('ViT-bigG-14-CLIPA').image.heads * 104 == 1664
+    assert (MODELS['ViT-g-14'].embed_dim, MODELS['ViT-g-14-CLIPA'].embed_dim) == (1024, 1280) # open_clip's g/14 is not CLIPA's
+    assert {c.init for n, c in MODELS.items() if 'bigG-14-CLIPA' in n} == {'t5x'}
+    assert model_config('ViT-H-14-CLIPA-336').diff(model_config('ViT-H-14-CLIPA')) == {'image_size': (336, 224)}
+    with pytest.raises(UserError, match='did you mean ViT-H-14-CLIPA'): model_config('ViT-H14-CLIPA')
+    with pytest.raises(UserError, match='did you mean width'): SMALL.replace(image__widht=3)
+    assert ModelConfig.from_json(SMALL.to_json()) == SMALL
+
 OPEN_CLIP = ['ViT-S-16', 'ViT-B-16', 'ViT-B-32', 'ViT-L-16', 'ViT-L-14', 'ViT-H-14', 'ViT-g-14', 'ViT-bigG-14', 'ViT-L-14-CLIPA', 'ViT-L-14-CLIPA-336', 'ViT-H-14-CLIPA', 'ViT-H-14-CLIPA-336', 'ViT-bigG-14-CLIPA', 'ViT-bigG-14-CLIPA-336', 'ViT-B-32-quickgelu']
 
 def theirs(name, **changes):
@@ -445,13 +558,25 @@ def test_counts_are_open_clips(name):
 
 @pytest.mark.parametrize('groups', [0, 1, 2, 3, 5, 99])
 def test_locking_is_open_clips(groups):
-    from clipa_nb.pretrained import rename
+    from clipa_nb.engine.formats import rename
     other, cfg = theirs('ViT-B-32', layers=3), model_config('ViT-B-32').replace(image__depth=3, text__depth=3)
     with torch.device('meta'): ours = build_clip(cfg)
     ours.lock_image_tower(groups), other.lock_image_tower(groups)
     ours.lock_text_tower(groups), other.lock_text_tower(groups)
     learns = lambda m, name: {name(n) for n, p in m.named_parameters() if p.requires_grad}
     assert learns(ours, rename) == learns(other, str)
+
+def test_groups_are_counted_from_the_output():
+    model, (image, ids) = shaken(SMALL), batch(SMALL)
+    learns = lambda tower: [n for n, p in tower.named_parameters() if p.requires_grad]
+    model.lock_image_tower(1), model.lock_text_tower(2)
+    assert learns(model.visual) == ['head.weight'] and {n.split('.')[0] for n in learns(model.text)} == {'encoder', 'norm', 'head'}
+    for n in (0, 1, 2, 5):
+        model.lock_image_tower(n); assert model.encode_image(image).requires_grad == (n > 0)
+    assert all(p.requires_grad for p in model.visual.parameters())
+    model.lock_text_tower(); assert not model.encode_text(ids).requires_grad
+    model.lock_text_tower(4); assert all(p.requires_grad for p in model.text.parameters())
+    with pytest.raises(UserError, match='found -1 unlocked groups'): model.visual.lock(-1)
 
 def test_locked_means_no_graph_no_state_no_rule():
     model, (image, ids) = shaken(SMALL), batch(SMALL)
@@ -491,6 +616,21 @@ def test_timm_towers(name, kwargs, n):
     assert all(p.grad is not None for p in model.visual.head.parameters())
     model.set_grad_checkpointing(), model.set_grad_checkpointing(False)
     with pytest.raises(UserError, match="expected 'full' or 'none'"): model.set_grad_checkpointing('selective')
+
+def test_features_become_tokens_on_a_grid():
+    class Net: output_fmt = 'NHWC'
+    f = torch.arange(12.).view(1, 2, 2, 3)
+    for net, f in ((nn.Identity(), f), (Net(), f.permute(0, 2, 3, 1))):
+        assert _timm_tokens(net, f)[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5] and _timm_grid(net, f, None) == (2, 3)
+    for f in (torch.zeros(1, 6, 1), [torch.zeros(1, 6, 1)]):
+        with pytest.raises(UserError, match='the timm trunk Identity does not tell'): _timm_grid(nn.Identity(), f, torch.zeros(1, 3, 32, 48))
+
+def test_names_of_another_library():
+    library = ['resnet10t', 'vit_tiny']
+    assert _load_by_name('this list', library.index, 'vit_tiny', lambda: library) == 1
+    with pytest.raises(UserError, match=r'did you mean vit_tiny\?'): _load_by_name('this list', library.index, 'vit_tinny', lambda: library)
+    with pytest.raises(UserError) as e: _load_by_name('float', float, 'vit')
+    assert "float does not load 'vit' (could not convert string to float: 'vit'): check the name" in str(e.value)
 
 @pytest.mark.parametrize('name', ['mixer_s32_224', 'xcit_nano_12_p16_224', 'levit_128s', 'coat_tiny'])
 def test_timm_trunks_without_a_grid(name):
@@ -553,11 +693,40 @@ def test_missing_extras_are_named(monkeypatch):
 # mistakes
 
 @pytest.mark.parametrize('change,words', [
-    (dict(pool='clss'), 'did you mean cls'), (dict(pool='cls', cls=False), 'needs a class token'), (dict(text_pool='eott'), 'did you mean eot'), (dict(text_mask='casual'), 'did you mean causal'),
+    (dict(pool='clss'), 'did you mean cls'), (dict(pool='agv'), 'did you mean avg'), (dict(text_pool='middle'), 'unknown text pool'), (dict(pool='cls', cls=False), 'needs a class token'), (dict(text_pool='eott'), 'did you mean eot'), (dict(text_mask='casual'), 'did you mean causal'),
     (dict(act='gelu_tahn'), 'did you mean gelu_tanh'), (dict(text_act='swish'), 'unknown activation'), (dict(image_size=100), 'use 96 or 104'), (dict(context_length=1), 'too short'),
     (dict(image=Tower(30, 1, 4, 60)), 'heads|multiple of 4'), (dict(positions='rope'), 'unknown positions'), (dict(unit='max'), 'unknown normalisation')])
 def test_configurations_that_cannot_be(change, words):
     with pytest.raises(UserError, match=words): build_clip(SMALL.replace(**change))
+
+def test_choices_arrive_in_the_parts():
+    assert image_tower(SMALL.replace(positions='learned')).positions.table.shape == (17, 32)
+    assert text_tower(SMALL.replace(text_act='quick_gelu', text_ln_eps=1e-5)).encoder.blocks[0].mlp.extra_repr() == 'act=quick_gelu'
+    assert len({repr(text_tower(SMALL.replace(text_mask=m, text_pool=p))) for m in TEXT_MASKS for p in TEXT_POOLS}) == len(TEXT_MASKS) * len(TEXT_POOLS)
+    tower = build_clip(SMALL).visual
+    assert tower.extra_repr() == 'n_prefix=1' and [n for n, _ in tower.named_children()] == ['patch', 'prefix', 'positions', 'dropper', 'pre_norm', 'encoder', 'pool', 'norm', 'head']
+
+def test_positions_are_stretched_when_weights_are_loaded():
+    torch.manual_seed(0)
+    table = torch.randn(17, 48)
+    assert _fit_grid(table, 65, 1).shape == (65, 48) and torch.equal(_fit_grid(table, 65, 1)[0], table[0])
+    assert _fit_grid(table[:16], 65, 1) is not None and torch.equal(_fit_grid(table[:16], 65, 1), table[:16]) # no square grid: as it is
+    short, long = build_clip(SMALL.replace(positions='learned')), build_clip(SMALL.replace(positions='learned', image_size=64, context_length=13))
+    fitted = _fit_positions(long, short.state_dict())
+    assert fitted['text.positions'].shape == (13, 24) and torch.allclose(fitted['text.positions'].mean(0), short.text.positions.mean(0), atol=2e-3)
+    load_weights(long, short.state_dict())
+    assert torch.equal(long.visual.patch.weight, short.visual.patch.weight) and torch.equal(long.visual.positions.table[0], short.visual.positions.table[0])
+
+def test_misfits_in_words():
+    a, b = torch.zeros(17, 48), torch.zeros(16, 48)
+    assert misfits(dict(a=a), dict(a=a)) == '' and misfits(dict(a=a), {}) == 'missing: a'
+    assert misfits(dict(a=a, b=a), dict(b=b, c=a)) == 'missing: a; unexpected: c; of another shape: b (16, 48) for (17, 48)'
+    assert misfits(dict(a=(17, 48)), dict(a=a.shape)) == '' and misfits(dict(a=[17, 48]), dict(a=b)) == 'of another shape: a (16, 48) for (17, 48)' # shapes will do
+    assert misfits(dict.fromkeys('abcde', a), {}) == 'missing: a, b, c and 2 more'
+    model = build_clip(SMALL)
+    broken = model.state_dict() | {'extra': torch.zeros(1), 'visual.head.weight': torch.zeros(7, 32)}
+    broken.pop('text.norm.bias')
+    with pytest.raises(UserError, match=re.escape('missing: text.norm.bias; unexpected: extra; of another shape: visual.head.weight (7, 32) for (16, 32)')): load_weights(model, broken)
 
 def test_one_temperature():
     model, state = build_clip(SMALL), build_clip(SMALL).state_dict()

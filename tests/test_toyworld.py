@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from clipa_nb.core import UserError
-from clipa_nb.toyworld import (COLOURS, LANGUAGES, SHAPE_NAMES, SHIFTS, WORLDS, World, boxes, caption_text, captions, class_names, class_scenes,
-                               check_world, glyph_masks, keys, labels, lexicon, masks, pairs, questions, render, scenes, shifted)
+from clipa_nb.toyworld import COLOURS, SHAPE_NAMES, SHIFTS, WORLDS, World, boxes, caption_text, captions, class_names, class_scenes, check_world, keys, labels, masks, pairs, questions, render, scenes, shifted
+from clipa_nb.engine.writer import LANGUAGES, lexicon
+from clipa_nb.engine.painter import glyph_masks
 
 ARRAYS = ('index', 'count', 'kind', 'colour', 'fill', 'font', 'x', 'y', 'half', 'angle', 'axis', 'ground', 'dark', 'level', 'slope')
 hues, DEMO = list(COLOURS), World() # the demo's world, without glyphs

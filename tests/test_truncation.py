@@ -9,7 +9,8 @@ from clipa_nb.core import UserError, generator
 from clipa_nb.text_truncation import (TEXT_STRATEGIES, block_words, context_tagger, lexicon_tagger, nltk_tagger, priority, random_words, rule_tagger,
     syntax, text_strategy, truncate, vocabulary_ranks)
 from clipa_nb.tokenizer import ClipBPE, WordPiece, load_tokenizer, train_wordpiece
-from clipa_nb.toyworld import WORLDS, caption_text, lexicon, scenes
+from clipa_nb.toyworld import WORLDS, caption_text, scenes
+from clipa_nb.engine.writer import lexicon
 
 ROOT = Path(__file__).parents[1]
 BERT = ROOT.parent / 'shared/data/bert-base-uncased-vocab.txt'
@@ -437,3 +438,54 @@ def test_captions_nobody_should_send(name, text, tokenizers):
         for official in (False, True):
             row = tok(text, 8, text_strategy(name, official=official), generator(0))
             assert row.shape == (1, 8) and 0 <= int(row.min()) and int(row.max()) < tok.vocab_size
+
+# ---------------------------------------------------------------- the pieces of the chapter, one by one
+
+def test_small_examples_of_each_strategy():
+    assert truncate(SIX, 4) == [0, 1, 2, 3] and truncate(SIX, 9) == [0, 1, 2, 3, 4, 5] and truncate([('ab', [7, 8]), ('c', [9])], 1) == [7] and truncate([], 3) == []
+    assert random_words(SIX, 4, generator(1)) == random_words(SIX, 4, generator(1)) and random_words(SIX, 6) == [0, 1, 2, 3, 4, 5] and random_words([], 3) == []
+    assert {tuple(block_words(LONG, 4, generator(i))) for i in range(50)} == {(1, 2, 3, 4), (2, 3, 4, 5)} and block_words([('abc', [1, 2, 3])], 2) == [1, 2] and block_words(SIX, 6) == [0, 1, 2, 3, 4, 5]
+    tags = lambda words: ['DT', 'JJ', 'NN', 'IN', 'DT', 'NN']
+    assert [syntax(tags)(SIX, k) for k in (1, 2, 3, 4, 6)] == [[2], [2, 5], [1, 2, 5], [0, 1, 2, 5], [0, 1, 2, 3, 4, 5]]
+
+def test_helpers_of_the_strategies():
+    from clipa_nb.text_truncation import _fill, _pieces, _ranks
+    assert _pieces(SIX, np.int64(2)) == [0, 1, 2, 3, 4, 5] and _pieces([('ab', [7, 8]), ('c', [9])], 2) == [7, 8, 9] and _pieces([], 1) == []
+    with pytest.raises(UserError, match='expected words as'): _pieces({'ab': [1]}, 2)
+    assert _fill(SIX, [2, 5, 1, 0, 3, 4], 4) == [0, 1, 2, 5] and _fill(LONG, [2, 1, 0, 3], 3) == [1, 5, 6] and _fill(LONG, [2, 1, 0, 3], 4) == [2, 3, 4, 5] and _fill(LONG, [1], 2) == [2, 3]
+    assert [priority(t) for t in ('NN', 'NNS', 'NNP', 'JJR', 'VBZ', 'DT', 'PRP', 'MD', '')] == [0, 0, 0, 1, 2, 3, 3, 3, 3] and _ranks(lambda w: [], []) == []
+    nouns = lambda words: ['NN' if w in ('dog', 'ball') else 'VBG' if w.endswith('ing') else 'DT' for w in words]
+    assert list(vocabulary_ranks(['[CLS]', 'dog', '##ing', 'ball</w>', 'the', ''], nouns)) == [3, 0, 2, 0, 3, 3] and vocabulary_ranks([], nouns) == b''
+    by_piece = syntax(nouns, vocabulary=[w for w, _ in SIX]); assert by_piece(SIX, 4) == [0, 1, 2, 5]
+    with pytest.raises(UserError, match='made for 6 entries, but a caption has the id 6'): by_piece([('a', [0]), ('cat', [6])], 1)
+
+def test_forms_and_endings_of_the_lexicon():
+    from clipa_nb.text_truncation import _CLOSED, _degrees, _lexicon, _rule_tag, _third
+    assert [_third(v) for v in ('ride', 'fly', 'play', 'watch', 'pose', 'go')] == ['rides', 'flies', 'plays', 'watches', 'poses', 'goes']
+    assert [_degrees(a) for a in ('large', 'happy', 'big', 'green', 'grey')] == [('larger', 'largest'), ('happier', 'happiest'), ('bigger', 'biggest'), ('greener', 'greenest'), ('greyer', 'greyest')]
+    known, verbs = _lexicon()
+    assert [known.get(w) for w in 'the red ceiling ride rides marches march larger'.split()] == ['DT', 'JJ', 'NN', 'VB', 'VBZ', 'VBZ', None, 'JJR'] and {'ride', 'march'} <= verbs and 'table' not in verbs
+    assert set(known.values()) <= {*_CLOSED, 'JJ', 'JJR', 'JJS', 'NN', 'VB', 'VBD', 'VBG', 'VBN', 'VBP', 'VBZ'} and all(w and w == w.lower() for w in known)
+    assert [_rule_tag(w) for w in ('surfing', 'thing', 'curious', '750ml', '3rd', 'glibbers', '—', '')] == ['VBG', 'NN', 'JJ', 'CD', 'JJ', 'NNS', '.', '.']
+    assert rule_tagger('a delicious cake decorated slowly with 12 strawberries , by the 3rd king of Blorbs'.split()) == ['DT', 'JJ', 'NN', 'VBN', 'RB', 'IN', 'CD', 'NNS', '.', 'IN', 'DT', 'JJ', 'NN', 'IN', 'NNS']
+    assert rule_tagger([]) == [] and rule_tagger(['']) == ['.']
+    before = _rule_tag.cache_info().currsize; assert rule_tagger(['a' * 100_000 + 'ing']) == ['VBG'] and _rule_tag.cache_info().currsize == before
+
+def test_neighbours_decide():
+    assert [context_tagger(t.split())[1] for t in ('protesters march in the rain', 'the march of the protesters', 'a ride home')] == ['VBP', 'NN', 'NN']
+    assert context_tagger('how to ship a ship'.split()) == ['WRB', 'TO', 'VB', 'DT', 'NN'] and rule_tagger('protesters march in the rain'.split())[1] == 'NN'
+    assert context_tagger([]) == [] and not getattr(context_tagger, 'context_free', False)
+
+def test_toy_tagger_and_its_copy_keep_the_same_words():
+    from clipa_nb.toyworld import captions
+    tagger, scene = lexicon_tagger(lexicon()), captions(scenes(WORLDS['rich'], 0, np.arange(16)))[3]
+    words, exact = [(w, [i]) for i, (w, *_) in enumerate(scene.words)], syntax(lambda ws: [t for _, t, _ in scene.words])
+    assert tagger(['Circle', 'jumping', 'a']) == ['NN', 'VBG', 'DT'] and syntax(tagger)(words, 7) == exact(words, 7) == pickle.loads(pickle.dumps(syntax(tagger)))(words, 7)
+    assert 'a' not in [scene.words[i][0] for i in exact(words, 7)]
+
+@pytest.mark.parametrize('official', (False, True))
+@pytest.mark.parametrize('name', TEXT_STRATEGIES)
+def test_a_copy_fills_every_number_of_slots(name, official):
+    s = pickle.loads(pickle.dumps(text_strategy(name, lexicon_tagger(lexicon()), official=official))); many = [(w, [i]) for i, w in enumerate('a photo of a red circle above a small blue square'.split())]
+    for k in range(1, 9): assert len(s(many, k, generator(0))) == k and len(s(LONG, k, generator(0))) <= k
+    assert s(SIX, 6, generator(0)) == [0, 1, 2, 3, 4, 5] and s([], 3, generator(0)) == []

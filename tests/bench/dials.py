@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / '.ci'))
 from record import row
-from clipa_nb.cli import Options, run
+from clipa_nb.app.run import Options, run
 from clipa_nb.core import LOCAL
 from clipa_nb.recipes import TOY
 

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / '.ci')]
 from record import cpu_name
-from clipa_nb.pretrained import FILES, create_model, open_clip_config, save_pretrained
+from clipa_nb.engine.vocabularies import FILES
+from clipa_nb.pretrained import create_model, save_pretrained
+from clipa_nb.engine.formats import open_clip_config
 
 def random_open_clip(name, seed=0):
     "open_clip's model with random weights of a usual size, made without drawing open_clip's own."
@@ -37,7 +39,7 @@ def write_theirs(model, name, out):
     out.mkdir()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / FILES[0])
     cfg = 'clipa' if 'CLIPA' in name else 'openai'
-    from clipa_nb.pretrained import PREPROCESS
+    from clipa_nb.engine.formats import PREPROCESS
     (out / 'open_clip_config.json').write_text(json.dumps(dict(model_cfg=open_clip.get_model_config(name), preprocess_cfg=PREPROCESS[cfg])))
 
 def inputs(name, n=1):

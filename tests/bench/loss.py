@@ -5,6 +5,7 @@
     python tests/bench/loss.py --device cuda                      a GPU, bf16 features, b = 4,096 to 65,536, width 1,024
     python tests/bench/loss.py --loss sigmoid                     the sigmoid loss instead
     python tests/bench/loss.py --batches 4096 --forms plain auto  some of it
+    python tests/bench/loss.py --report                           what has been recorded, in words
 
 Every measurement is a process of its own, so that one form's memory is not another's, and the forms take turns, so that
 neighbours disturb all alike. A row holds the best time of all rounds (a CPU's own seconds, so that waiting does not count)
@@ -75,14 +76,49 @@ def measure(a, b, form):
     if 'OutOfMemoryError' in done.stderr or "can't allocate memory" in done.stderr or done.returncode == -9: return dict(fits=False)
     sys.exit(done.stderr)
 
+SETTING = dict(cpu=dict(dtype='float32', width=512, threads=1), cuda=dict(dtype='bfloat16', width=1024))
+TOLD = 'plain', 'streamed 512', 'auto', 'open_clip'
+
+def recorded_rows(rows, device, loss):
+    "{form: {b: newest row}} in the setting above, on the machine of the newest row; rows that do not fit have no seconds."
+    told, out = dict(SETTING[device], device=device, loss=loss), {}
+    mine = [r for r in rows if all(r[k] == v for k, v in told.items())]
+    for r in mine:
+        if r['hardware'] == mine[-1]['hardware']: out.setdefault(r['form'], {})[r['b']] = r
+    return out
+
+def compared(found, b):
+    "One batch, in words: shares of plain, or seconds where there is no plain row; what does not fit is said."
+    at = {f: found[f][b] for f in TOLD if b in found.get(f, {})}
+    base = at['plain'] if at.get('plain', {}).get('fits') else None
+    said = []
+    for f, r in at.items():
+        if not r['fits']: said.append(f'{f} does not fit')
+        elif base is None or f == 'plain': said.append(f'{f} {r["seconds"]:.2f} s, {r["extra_mb"]:.0f} MB')
+        else: said.append(f'{f} {r["seconds"] / base["seconds"]:.2f} × time, {r["extra_mb"] / base["extra_mb"]:.3f} × memory')
+    return f'b = {b:6d}: ' + '; '.join(said)
+
+def report(out, loss):
+    "Only rows of one setting and one machine are compared; a form that did not fit, or that was not run, is said."
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    for device, name in dict(cpu='CPU', cuda='GPU').items():
+        found = recorded_rows(rows, device, loss)
+        every = [r for form in found.values() for r in form.values()]
+        print(f'on a {name}:' + ('' if found else ' not run'))
+        for b in sorted({r['b'] for r in every}): print('   ', compared(found, b))
+        about = {f"{r['hardware']} · torch {r['torch']} · {r['threads']} thread · {r['dtype']} · width {r['width']} · {r['git_sha']} · {r['date']}" for r in every}
+        for words in sorted(about): print('    on', words)
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--loss', default='info_nce', choices=('info_nce', 'sigmoid')); ap.add_argument('--device', default='cpu', choices=('cpu', 'cuda')); ap.add_argument('--dtype', choices=('float32', 'bfloat16'))
     ap.add_argument('--batches', type=int, nargs='+'); ap.add_argument('--forms', nargs='+'); ap.add_argument('--width', type=int); ap.add_argument('--rounds', type=int, default=3); ap.add_argument('--threads', type=int, default=1); ap.add_argument('--out', default=ROOT / 'nbs' / 'results' / 'loss.jsonl', type=Path)
+    ap.add_argument('--report', action='store_true', help='print what has been recorded and measure nothing')
     ap.add_argument('--one', action='store_true', help=argparse.SUPPRESS); ap.add_argument('--b', type=int, help=argparse.SUPPRESS); ap.add_argument('--form', help=argparse.SUPPRESS)
     a = ap.parse_args(); gpu = a.device == 'cuda'
     a.dtype = a.dtype or ('bfloat16' if gpu else 'float32'); a.width = a.width or (1024 if gpu else 512)
     if a.one: return worker(a)
+    if a.report: return report(a.out, a.loss)
     for f in a.forms or ():
         if not re.fullmatch(r'plain|auto|open_clip|streamed [1-9]\d*', f): ap.error(f"unknown form {f!r}: expected plain, auto, open_clip or 'streamed N', N the side of a tile")
     import torch

@@ -23,7 +23,8 @@ from clipa_nb.core import autocast, pick_precision, seed_everything
 from clipa_nb.cost import SIZES, tower_flops
 from clipa_nb.infonce import Contrastive
 from clipa_nb.optimization import make_optimizer, set_lr, warmup_cosine
-from clipa_nb.recipes import TOY, toy_sets, toy_world
+from clipa_nb.recipes import TOY, toy_world
+from clipa_nb.app.exam import toy_sets
 from clipa_nb.token_dropping import TokenDrop, n_keep, resize, resize_for
 from clipa_nb.tokenizer import train_wordpiece
 from clipa_nb.toyworld import TEMPLATES, caption_text, class_names, render, scenes
