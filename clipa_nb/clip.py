@@ -7,7 +7,7 @@ __all__ = ['TEXT_MASKS', 'UNITS', 'IMAGENET', 'OPENAI', 'IMAGE_POOLS', 'TEXT_POO
            'HF_POOLS', 'Mean', 'NormedMean', 'MeanMax', 'First', 'Probe', 'AttentionPool', 'Out', 'ImageTower',
            'no_mask', 'mask_pad', 'mask_causal', 'mask_causal_pad', 'last', 'eot', 'eos', 'first', 'TextTower', 'Unit',
            'CLIP', 'ModelConfig', 'image_tower', 'text_tower', 'model_config', 'init_pool', 'init_clip', 'build_clip',
-           'misfits', 'load_weights', 'TimmTower', 'HFTower']
+           'misfits', 'load_weights', 'TimmTower', 'HFTower', 'TrunkConfig']
 
 # %% ../nbs/09_clip.ipynb #c002
 import difflib
@@ -56,21 +56,22 @@ class First(nn.Module):
 
 # %% ../nbs/09_clip.ipynb #c010
 class Probe(Attention):
-    "Attention with one learned query: [B,N,D] → [B,D]."
-    def __init__(self, width, heads, impl='auto'):
+    "Attention with learned queries: [B,N,D] → [B,D] for one, [B,n,D] for n."
+    def __init__(self, width, heads, impl='auto', queries=1):
         super().__init__(width, heads, impl)
-        self.probe = nn.Parameter(torch.zeros(width))
+        self.probe = nn.Parameter(torch.zeros(width) if queries == 1 else torch.zeros(queries, width))
 
     def forward(self, x_BND):
         b, n, w = x_BND.shape
         wq, wkv = self.in_proj_weight.split([w, 2 * w])
         bq, bkv = self.in_proj_bias.split([w, 2 * w])
-        q_BHd = F.linear(self.probe, wq, bq).view(1, self.heads, 1, -1).expand(b, -1, -1, -1)
+        q_HKd = F.linear(self.probe.view(-1, w), wq, bq).view(-1, self.heads, w // self.heads).transpose(0, 1)
         k_BHNd, v_BHNd = F.linear(x_BND, wkv, bkv).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out_proj(attention(q_BHd, k_BHNd, v_BHNd, None, self.impl).reshape(b, w))
+        y_BHKd = attention(q_HKd.expand(b, -1, -1, -1), k_BHNd, v_BHNd, None, self.impl)
+        return self.out_proj(y_BHKd.transpose(1, 2).reshape(b, *self.probe.shape))
 
 class AttentionPool(nn.Module):
-    "Norm, a learned probe that reads all tokens, and an MLP: big_vision's attention pool."
+    "Norm, learned queries that read all tokens, and an MLP: big_vision's attention pool has one query."
     def __init__(self,
         width: int, # D
         heads: int, # of the probe
@@ -78,9 +79,10 @@ class AttentionPool(nn.Module):
         act: str = 'gelu', # of the MLP
         ln_eps: float = 1e-6, # of its norm
         impl: str = 'auto', # which attention
+        queries: int = 1, # n; more than one give [B,n,D]
     ):
         super().__init__()
-        self.attn = Probe(width, heads, impl)
+        self.attn = Probe(width, heads, impl, queries)
         self.ln = nn.LayerNorm(width, ln_eps)
         self.mlp = MLP(width, mlp, act)
 
@@ -116,10 +118,10 @@ class ImageTower(nn.Module):
         patch: nn.Module, # [B,3,H,W] → ([B,N,D], grid)
         prefix: nn.Module, # puts a class token in front, or does nothing
         positions: nn.Module, # grid → [prefix + N, D]
-        dropper: nn.Module, # ([B,N,D], grid) → ([B,K,D], ids [B,K]); in training only
+        dropper: nn.Module, # ([B,N,D], grid, draw) → ([B,K,D], ids [B,K]); in training only
         pre_norm: nn.Module, # before the blocks, or nothing
         encoder: nn.Module, # [B,N,D] → [B,N,D]
-        pool: nn.Module, # ([B,N,D], norm) → [B,D], normalised
+        pool: nn.Module, # ([B,N,D], norm) → [B,D], normalised; [B,n,D] where it has n queries
         norm: nn.Module, # the final norm
         head: nn.Module, # D → E
         n_prefix: int = 0, # tokens the prefix adds
@@ -129,15 +131,18 @@ class ImageTower(nn.Module):
         self.pre_norm, self.encoder, self.pool, self.norm, self.head = pre_norm, encoder, pool, norm, head
         self.n_prefix = n_prefix
 
-    def forward(self, image_BCHW):
-        "Embed, prefix, place, drop, read, pool and norm, project."
+    def forward(self, image_BCHW, draw=None, hidden=False):
+        "Embed, prefix, place, drop, read, pool and norm, project; `hidden=True` keeps the tokens after each block."
         x_BND, grid = self.patch(image_BCHW)
         x_BND = self.prefix(x_BND)
         x_BND = x_BND + self.positions(grid, x_BND.device, next(self.parameters()).dtype)
-        x_BKD, ids_BK = self.dropper(x_BND, grid)
-        x_BKD = self.encoder(self.pre_norm(x_BKD))
+        x_BKD, ids_BK = self.dropper(x_BND, grid, draw)
+        layers = [] if hidden else None
+        x_BKD = self.encoder(self.pre_norm(x_BKD), hidden=layers)
         z_BE = self.head(self.pool(x_BKD, self.norm))
-        return z_BE, Out(tokens=lambda: self.norm(x_BKD[:, self.n_prefix:]), ids=ids_BK, grid=grid)
+        return z_BE, Out(
+            tokens=lambda: self.norm(x_BKD[:, self.n_prefix:]), prefix=lambda: self.norm(x_BKD[:, :self.n_prefix]),
+            ids=ids_BK, grid=grid, **(dict(hidden=layers) if hidden else {}))
 
     def lock(self, unlocked_groups=0, freeze_bn_stats=False):
         "Freeze all but the last groups. This tower has no batch norms, whose statistics could be frozen."
@@ -215,12 +220,15 @@ class TextTower(nn.Module):
         self.embed, self.positions, self.mask = embed, nn.Parameter(positions_TD), mask
         self.encoder, self.pool, self.norm, self.head = encoder, pool, norm, head
 
-    def forward(self, ids_BT):
-        "Embed, place, read, pool, norm, project."
+    def forward(self, ids_BT, draw=None, hidden=False):
+        "Embed, place, read, pool, norm, project; `draw` is for towers that leave something to chance, as this one does not."
         _check_ids(ids_BT, len(self.positions), self.embed.num_embeddings)
-        x_BTD = self.encoder(self.embed(ids_BT) + self.positions[:ids_BT.shape[1]], self.mask(ids_BT))
+        layers = [] if hidden else None
+        x_BTD = self.embed(ids_BT) + self.positions[:ids_BT.shape[1]]
+        x_BTD = self.encoder(x_BTD, self.mask(ids_BT), hidden=layers)
         z_BE = self.head(self.norm(self.pool(x_BTD, ids_BT)))
-        return z_BE, Out(tokens=lambda: self.norm(x_BTD), mask=lambda: pad_mask(ids_BT))
+        return z_BE, Out(
+            tokens=lambda: self.norm(x_BTD), mask=lambda: pad_mask(ids_BT), **(dict(hidden=layers) if hidden else {}))
 
     def lock(self, unlocked_layers=0):
         "Freeze all but the last groups."
@@ -260,18 +268,25 @@ class CLIP(nn.Module):
     "Two towers and a temperature."
     def __init__(self,
         visual: nn.Module, # float [B,3,H,W] → (z, out)
-        text: nn.Module, # int64 [B,T] → (z, out)
+        text: nn.Module | None, # int64 [B,T] → (z, out); None: this model reads no text
         cfg: 'ModelConfig', # what it was built from; pixels, normalisation and temperature are read from it
         output_dict: bool = False, # whether `forward` returns a dictionary
     ):
         super().__init__()
         self.visual, self.text, self.cfg, self.output_dict = visual, text, cfg, output_dict
         self.unit = Unit(cfg.unit, cfg.unit_eps)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(cfg.init_scale)))
+        self.logit_scale = None if cfg.init_scale is None else nn.Parameter(torch.tensor(math.log(cfg.init_scale)))
         self.logit_bias = None if cfg.init_bias is None else nn.Parameter(torch.tensor(float(cfg.init_bias)))
         for name in ('mean', 'std'):
             value = 255 * torch.tensor(getattr(cfg, name), device='cpu').view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg, output_dict=False, **towers):
+        "Build what a configuration describes, with fresh weights; `visual=` or `text=` bring a tower of another make, or None."
+        visual = towers['visual'] if 'visual' in towers else image_tower(cfg)
+        text = towers['text'] if 'text' in towers else text_tower(cfg)
+        return init_clip(cls(visual, text, cfg, output_dict), cfg.init)
 
     def pixels(self, image):
         "uint8 [B,3,H,W] to normalised float; floats as they are."
@@ -282,21 +297,37 @@ class CLIP(nn.Module):
             image = (image - self.mean) / self.std
         return image.to(next(self.visual.parameters()).dtype)
 
-    def encode_image(self, image, normalize=False):
-        "[B,E] of images: bytes, or floats that are normalised already."
-        z_BE = self.visual(self.pixels(image))[0]
+    def encode_image(self, image, normalize=False, draw=None):
+        "[B,E] of images: bytes, or floats that are normalised already; `draw` int64 [B] decides which tokens are dropped."
+        z_BE = self.visual(self.pixels(image), draw=draw)[0]
         return self.unit(z_BE) if normalize else z_BE
 
-    def encode_text(self, text, normalize=False):
+    def encode_text(self, text, normalize=False, draw=None):
         "[B,E] of token ids."
-        z_BE = self.text(text)[0]
+        if self.text is None: raise UserError('this model has no text tower: ask it about images')
+        z_BE = self.text(text, draw=draw)[0]
         return self.unit(z_BE) if normalize else z_BE
+
+    @property
+    def reads_text(self): return self.text is not None or type(self).encode_text is not CLIP.encode_text
+
+    def embed(self, batch):
+        "The features of the sides that a batch has, 'image' and 'text', of unit length; in training with its draws."
+        out, draw = {}, batch.get('draw')
+        if 'image' in batch: out['image'] = self.encode_image(batch['image'], normalize=True, draw=draw)
+        if 'text' in batch and self.reads_text: out['text'] = self.encode_text(batch['text'], normalize=True, draw=draw)
+        return out
+
+    def similarity(self, image_nE, text_mE):
+        "The cosines of all pairs, [n,m]."
+        return image_nE @ text_mE.T
 
     def forward(self, image=None, text=None):
         "(image features, text features, scale) and the bias if there is one, or a dictionary of them."
         zi = None if image is None else self.encode_image(image, normalize=True)
         zt = None if text is None else self.encode_text(text, normalize=True)
-        out = dict(image_features=zi, text_features=zt, logit_scale=self.logit_scale.exp())
+        scale = None if self.logit_scale is None else self.logit_scale.exp()
+        out = dict(image_features=zi, text_features=zt, logit_scale=scale)
         if self.logit_bias is not None: out['logit_bias'] = self.logit_bias
         return out if self.output_dict else tuple(out.values())
 
@@ -312,7 +343,8 @@ class CLIP(nn.Module):
         "Recompute the blocks (True or 'full'), the cheap half of each ('selective') or nothing (False or 'none')."
         how = enable if isinstance(enable, str) else 'full' if enable else 'none'
         if how not in CHECKPOINTING: raise unknown('checkpointing', how, CHECKPOINTING)
-        for tower in (self.visual, self.text): tower.set_grad_checkpointing(how)
+        for tower in (self.visual, self.text):
+            if tower is not None: tower.set_grad_checkpointing(how)
 
 # %% ../nbs/09_clip.ipynb #c025
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -342,7 +374,7 @@ class ModelConfig(Config):
     unit: str = 'add' # a name in `UNITS`: how an embedding is brought to length 1
     unit_eps: float = 1e-8 # its epsilon
     init: str = 'jax' # a name in `CLIP_INITS`
-    init_scale: float = 1 / 0.07 # of the logits at the start
+    init_scale: float | None = 1 / 0.07 # of the logits at the start; None: the model has no temperature
     init_bias: float | None = None # of the logits at the start, for sigmoid losses; None: there is none
     mean: tuple[float, ...] = IMAGENET['mean'] # of the pixels, in 0..1
     std: tuple[float, ...] = IMAGENET['std'] # of the pixels, in 0..1
@@ -352,6 +384,19 @@ class ModelConfig(Config):
     attention: str = 'auto' # 'auto', 'matmul' or 'sdpa'
     interpolation: str = 'bilinear' # for resizing images
     resize_mode: str = 'squash' # 'squash' to a square, or 'shortest' edge and crop
+
+    def at(self, stage):
+        "The configuration in one stage of training: its lengths, its dropping, what it keeps for the backward pass."
+        names = ('image_size', 'context_length', 'image_strategy', 'image_ratio', 'checkpointing')
+        return self.replace(**{k: getattr(stage, k) for k in names if hasattr(stage, k)})
+
+    def build(self, output_dict: bool = False):
+        "The model, in training mode, with fresh weights; a paper's own configuration builds its own."
+        return CLIP.from_config(self, output_dict)
+
+    def check(self):
+        "Raise `UserError` where the model cannot be built; takes no memory."
+        with torch.device('meta'): self.build()
 
 # %% ../nbs/09_clip.ipynb #c027
 def _pool_avg(cfg): return Mean(int(cfg.cls))
@@ -485,8 +530,11 @@ def init_pool(
 ) -> AttentionPool: # the same
     "Xavier's distribution for the matrices and the probe, zero for the biases, as flax starts them."
     xavier_(pool.attn.in_proj_weight, 3)
-    for w in (pool.attn.out_proj.weight, pool.attn.probe.view(1, -1), pool.mlp.c_fc.weight, pool.mlp.c_proj.weight):
-        xavier_(w)
+    xavier_(pool.attn.out_proj.weight)
+    probe_KD = pool.attn.probe.view(-1, pool.attn.probe.shape[-1])
+    xavier_(probe_KD, len(probe_KD)) # each query as if it were alone
+    xavier_(pool.mlp.c_fc.weight)
+    xavier_(pool.mlp.c_proj.weight)
     for b in (pool.attn.in_proj_bias, pool.attn.out_proj.bias, pool.mlp.c_fc.bias, pool.mlp.c_proj.bias):
         nn.init.zeros_(b)
     pool.ln.reset_parameters()
@@ -494,27 +542,30 @@ def init_pool(
 
 @torch.no_grad()
 def init_clip(
-    model: CLIP, # built by `build_clip`; changed in place
+    model: CLIP, # changed in place; towers of another make keep the weights that they brought
     style: str = 'jax', # a name in `CLIP_INITS`
 ) -> CLIP: # the same
     "Draw fresh weights from torch's default generator: `torch.manual_seed` before it fixes them all."
     if style not in CLIP_INITS: raise unknown('initialisation', style, CLIP_INITS)
     of_image, of_text, of_patch, cls = CLIP_INITS[style]
-    v, t = model.visual, model.text
-    init_encoder(v.encoder, of_image)
-    init_encoder(t.encoder, of_text)
-    of_patch(v.patch.weight)
-    scale = v.encoder.width**-0.5
-    for p in v.prefix.parameters(): nn.init.normal_(p, std=cls * scale)
-    for p in v.positions.parameters(): nn.init.normal_(p, std=scale)
-    if isinstance(v.pool, AttentionPool): init_pool(v.pool)
-    nn.init.normal_(t.embed.weight, std=0.02)
-    nn.init.normal_(t.positions, std=0.01)
-    nn.init.normal_(v.head.weight, std=scale)
-    nn.init.normal_(t.head.weight, std=t.encoder.width**-0.5)
-    for norm in (v.pre_norm, v.norm, t.norm):
+    v = model.visual if isinstance(model.visual, ImageTower) else None
+    t = model.text if isinstance(model.text, TextTower) else None
+    if v: init_encoder(v.encoder, of_image)
+    if t: init_encoder(t.encoder, of_text)
+    if v:
+        of_patch(v.patch.weight)
+        scale = v.encoder.width**-0.5
+        for p in v.prefix.parameters(): nn.init.normal_(p, std=cls * scale)
+        for p in v.positions.parameters(): nn.init.normal_(p, std=scale)
+        if isinstance(v.pool, AttentionPool): init_pool(v.pool)
+    if t:
+        nn.init.normal_(t.embed.weight, std=0.02)
+        nn.init.normal_(t.positions, std=0.01)
+    if v: nn.init.normal_(v.head.weight, std=scale)
+    if t: nn.init.normal_(t.head.weight, std=t.encoder.width**-0.5)
+    for norm in (*((v.pre_norm, v.norm) if v else ()), *((t.norm,) if t else ())):
         if isinstance(norm, nn.LayerNorm): norm.reset_parameters()
-    model.logit_scale.fill_(math.log(model.cfg.init_scale))
+    if model.logit_scale is not None: model.logit_scale.fill_(math.log(model.cfg.init_scale))
     if model.logit_bias is not None: model.logit_bias.fill_(model.cfg.init_bias)
     return model
 
@@ -524,7 +575,7 @@ def build_clip(
     output_dict: bool = False, # whether `forward` returns a dictionary
 ) -> CLIP: # in training mode, freshly initialised
     "The model a configuration describes."
-    return init_clip(CLIP(image_tower(cfg), text_tower(cfg), cfg, output_dict), cfg.init)
+    return cfg.build(output_dict)
 
 # %% ../nbs/09_clip.ipynb #c049
 def _fit_grid(table, rows, n_prefix):
@@ -632,7 +683,9 @@ class TimmTower(nn.Module):
         self.still = [] # batch norms that learn no statistics
         self.head = nn.Linear(getattr(trunk, 'head_hidden_size', None) or trunk.num_features, embed_dim, bias=False)
 
-    def forward(self, image_BCHW):
+    def forward(self, image_BCHW, draw=None, hidden=False):
+        "`draw` is not used: what such a trunk leaves to chance it draws from torch's default generator."
+        if hidden: raise UserError('a timm trunk keeps its hidden layers to itself: ask timm for features_only')
         f = self.trunk.forward_features(image_BCHW)
         z_BE = self.head(self.trunk.forward_head(f, pre_logits=True))
         h, w = _timm_grid(self.trunk, f, image_BCHW)
@@ -683,11 +736,13 @@ class HFTower(nn.Module):
         self.pool = HF_POOLS[pool]
         self.head = nn.Linear(trunk.config.hidden_size, embed_dim, bias=False)
 
-    def forward(self, ids_BT):
+    def forward(self, ids_BT, draw=None, hidden=False):
+        "As every tower; `draw` is not used: dropout inside such a trunk draws from torch's default generator."
         real_BT = ids_BT.ne(self.trunk.config.pad_token_id or 0)
         real_BT[:, 0] = True
-        x_BTD = self.trunk(input_ids=ids_BT, attention_mask=real_BT.long()).last_hidden_state
-        return self.head(self.pool(x_BTD, real_BT)), Out(tokens=x_BTD, mask=real_BT)
+        answer = self.trunk(input_ids=ids_BT, attention_mask=real_BT.long(), output_hidden_states=hidden)
+        x_BTD, layers = answer.last_hidden_state, dict(hidden=list(answer.hidden_states[1:])) if hidden else {}
+        return self.head(self.pool(x_BTD, real_BT)), Out(tokens=x_BTD, mask=real_BT, **layers)
 
     def lock(self, unlocked_layers=0):
         "Freeze the trunk but for its last layers; the head goes on learning."
@@ -701,3 +756,24 @@ class HFTower(nn.Module):
         new, old = f'activation_checkpointing_{word}', f'gradient_checkpointing_{word}'
         switch = getattr(self.trunk, new, None) or getattr(self.trunk, old)
         switch(dict(use_reentrant=False)) if word == 'enable' else switch()
+
+# %% ../nbs/09_clip.ipynb #c066
+@dataclass(frozen=True)
+class TrunkConfig(ModelConfig):
+    "A CLIP whose image tower, text tower, or both come from other libraries."
+    image_trunk: str = '' # 'timm:NAME'; '': our own tower
+    image_trunk_args: dict = field(default_factory=dict) # of `timm.create_model`, such as `img_size`
+    text_trunk: dict = field(default_factory=dict) # a transformers configuration with its `model_type`; {}: our own tower
+    text_trunk_pool: str = 'mean' # a name in `HF_POOLS`
+
+    def build(self, output_dict: bool = False):
+        "The model, in training mode, with fresh weights; raises `UserError` for a trunk that is not there."
+        towers, (library, _, name) = {}, self.image_trunk.partition(':')
+        if library and library != 'timm':
+            raise UserError(f"image_trunk {self.image_trunk!r}: expected 'timm:NAME', such as 'timm:resnet18'")
+        if library: towers['visual'] = TimmTower(name, self.embed_dim, **self.image_trunk_args)
+        if self.text_trunk:
+            transformers = need('transformers', 'transformers', 'a Hugging Face text tower')
+            config = transformers.AutoConfig.for_model(**self.text_trunk)
+            towers['text'] = HFTower(transformers.AutoModel.from_config(config), self.embed_dim, self.text_trunk_pool)
+        return CLIP.from_config(self, output_dict, **towers)

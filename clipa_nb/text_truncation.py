@@ -9,7 +9,7 @@ __all__ = ['TEXT_STRATEGIES', 'truncate', 'random_words', 'block_words', 'priori
 # %% ../nbs/07_text_truncation.ipynb #c002
 import functools, re
 from importlib.resources import files
-import torch
+import numpy as np
 from .core import UserError, unknown
 from .engine.vocabularies import Memory
 
@@ -31,10 +31,12 @@ def _pieces(words, k):
 def truncate(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
-    generator=None, # of no use here: nothing is drawn
+    u=None, # of no use here: nothing is left to chance
 ) -> list: # the first k piece ids
     "Keep the beginning."
     return _pieces(words, k)[:k]
+
+truncate.uses_chance = False
 
 # %% ../nbs/07_text_truncation.ipynb #c012
 def _fill(words, order, k):
@@ -51,43 +53,56 @@ def _fill(words, order, k):
     return [i for w in kept for i in words[w][1]]
 
 # %% ../nbs/07_text_truncation.ipynb #c015
+def _order(u, n):
+    "The places 0 … n − 1 by ascending number, the first of equals first; `UserError` where u has fewer than n."
+    _need(u, n)
+    return np.argsort(np.asarray(u[:n]), kind='stable').tolist()
+
+def _need(u, n):
+    if not hasattr(u, '__len__') or len(u) < n:
+        found = f'{len(u)} uniform numbers' if hasattr(u, '__len__') else repr(u)
+        raise UserError(f'found u = {found}, expected at least {n}, one a word: tokenizer(…, draw=…) makes them')
+
 def random_words(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
-    generator=None, # None is torch's default one
-    official: bool = False, # as published: pieces, not words, and shuffled
+    u=None, # at least len(words) uniform numbers in [0, 1); not looked at where all pieces fit
+    official: bool = False, # as published: pieces, not words, and shuffled (u[i] belongs to piece i)
 ) -> list: # at most k piece ids; all of them where they fit
-    "Keep random words, in the caption's order."
+    "Keep the words with the smallest numbers, in the caption's order."
     ids, n = _pieces(words, k), len(words)
     if (n if official else len(ids)) <= k: return ids[:k]
-    if official:
-        order = torch.randperm(min(n, len(ids)), generator=generator).tolist()
-        return [ids[i] for i in order[:k]]
-    return _fill(words, torch.randperm(n, generator=generator).tolist(), k)
+    if official: return [ids[i] for i in _order(u, min(n, len(ids)))[:k]]
+    return _fill(words, _order(u, n), k)
+
+random_words.uses_chance = True
 
 # %% ../nbs/07_text_truncation.ipynb #c018
 def block_words(
     words, # the caption in order, each word (text, [piece ids])
     k: int, # slots
-    generator=None, # None is torch's default one
-    official: bool = False, # as published: pieces, not words, and never from the last start
+    u=None, # uniform numbers in [0, 1), of which only u[0] counts; not looked at where all pieces fit
+    official: bool = False, # as published: pieces, not words, and never from the last start (which is u[0]'s, too)
 ) -> list: # at most k piece ids; all of them where they fit
     "Keep neighbouring words from a random place on."
     ids, n = _pieces(words, k), len(words)
     if (n if official else len(ids)) <= k: return ids[:k]
+    _need(u, 1)
     if official:
-        start = int(torch.randint(n - k, (), generator=generator))
+        start = int(float(u[0]) * (n - k))
         return ids[start:start + k]
     last, tail = n - 1, len(words[-1][1]) # the last word from which on there are k pieces
     while tail < k:
         last -= 1
         tail += len(words[last][1])
-    start = stop = int(torch.randint(last + 1, (), generator=generator))
+    start = stop = int(float(u[0]) * (last + 1))
     room = k
     while stop < n and len(words[stop][1]) <= room:
         room -= len(words[stop][1])
         stop += 1
     return truncate(words[start:max(stop, start + 1)], k)
+
+block_words.uses_chance = True
 
 # %% ../nbs/07_text_truncation.ipynb #c022
 def priority(
@@ -125,6 +140,8 @@ def vocabulary_ranks(
 # %% ../nbs/07_text_truncation.ipynb #c028
 class syntax:
     "A strategy: nouns first, then adjectives, verbs, the rest; among equals the earlier; in the caption's order."
+    uses_chance = False
+
     def __init__(self,
         tagger, # list of words → list of tags; raises `UserError` if it is no function
         vocabulary=None, # the tokenizer's pieces: a word has the tag of its first piece (CLIPA-v2); None tags words
@@ -153,7 +170,7 @@ class syntax:
             found = f'{self} was made for {len(table)} entries, but {found}'
             raise UserError(f"{found}: give it this tokenizer's pieces") from e
 
-    def __call__(self, words, k, generator=None):
+    def __call__(self, words, k, u=None):
         ids, n = _pieces(words, k), len(words)
         if (n if self.official else len(ids)) <= k: return ids[:k]
         order = sorted(range(n), key=self.ranks(words).__getitem__)
@@ -312,9 +329,12 @@ def text_strategy(
     tagger=None, # for syntax; None is `rule_tagger`
     vocabulary=None, # for syntax: the tokenizer's pieces, for one context-free tag an entry
     official: bool = False, # with the peculiarities of the published code
-): # (words, k, generator) → at most k ids; raises `UserError` for another name
+): # (words, k, u) → at most k ids; its `uses_chance` says whether it looks at u; raises `UserError` for another name
     "A strategy by name."
     if name == 'syntax': return syntax(tagger or rule_tagger, vocabulary, official)
     table = dict(truncate=truncate, random=random_words, block=block_words)
     if name not in table: raise unknown('text strategy', name, TEXT_STRATEGIES)
-    return functools.partial(table[name], official=True) if official and name != 'truncate' else table[name]
+    if not official or name == 'truncate': return table[name]
+    published = functools.partial(table[name], official=True)
+    published.uses_chance = True
+    return published

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['MODES', 'Tokenizer', 'plain_words', 'official_words', 'open_clip_words', 'WordPiece', 'load_tokenizer', 'ClipBPE',
-           'train_wordpiece']
+           'train_wordpiece', 'Vocabulary', 'LearntVocabulary']
 
 # %% ../nbs/06_tokenizer.ipynb #c002
 import re, unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import models
-from .core import UserError, unknown
+from .core import LOCAL, Config, UserError, agree, fresh_draws, keyed_uniform, unknown
 from .engine.vocabularies import (BERT_NORMALIZER, BERT_SPLIT, BYTE_LETTERS, CHINESE, CLIP_SPLIT, CLIP_WORDS,
     IGNORED, MARKS, SPECIAL, Memory, bpe_pipeline, check_ids, check_saved, check_text, check_texts, clean_text,
     clip_vocabulary, find_vocabulary, is_plain, joined_surrogates, numbered, published, published_name,
@@ -30,13 +31,27 @@ def _slots(length, n_special):
         raise UserError(f'context length {length} is too short: {frame} a row needs at least {n_special + 1}')
     return int(length) - n_special
 
-def _chosen(captions, k, strategy, generator):
+def _numbers(captions, draw):
+    "For each caption as many uniform numbers as it has words, or more; they depend on its own draw alone."
+    draw = fresh_draws(len(captions)) if draw is None else torch.as_tensor(draw).cpu()
+    if draw.is_floating_point() or draw.shape != (len(captions),):
+        found = f'found draw {list(draw.shape)} of {draw.dtype} for {len(captions)} captions'
+        raise UserError(f'{found}, expected one integer for each: draws_of(seed, positions) makes them')
+    draw, lengths = draw.long(), [max(1, len(words)) for words in captions]
+    most = max(lengths, default=1)
+    if most * len(captions) <= 2**22: return list(keyed_uniform(draw, 'text', most).numpy())
+    each = zip(draw.split(1), lengths) # a caption as long as a book must not make all rows as long
+    return [keyed_uniform(d, 'text', n)[0].numpy() for d, n in each]
+
+def _chosen(captions, k, strategy, draw):
     "What a strategy keeps of each caption; `UserError` where it breaks its contract."
     if strategy is None: return [[i for _, ids in words for i in ids][:k] for words in captions]
     if not callable(strategy):
         raise UserError(f'found strategy {strategy!r}, expected a function: make one with text_strategy({strategy!r})')
-    at_once = getattr(strategy, 'batch', None) # draws for all captions together, which is cheaper
-    kept = at_once(captions, k, generator) if at_once else [strategy(words, k, generator) for words in captions]
+    chance = getattr(strategy, 'uses_chance', True)
+    u = _numbers(captions, draw) if chance else [None] * len(captions)
+    at_once = getattr(strategy, 'batch', None) # a strategy may choose for all captions together
+    kept = at_once(captions, k, u) if at_once else [strategy(words, k, row) for words, row in zip(captions, u)]
     said = f'the text strategy {strategy} returned'
     if len(kept) != len(captions): raise UserError(f'{said} {len(kept)} lists for {len(captions)} captions')
     odd = {type(ids).__name__ for ids in kept if not hasattr(ids, '__len__')}
@@ -82,14 +97,14 @@ class Tokenizer:
     def __call__(self,
         texts, # one caption or a list of N
         context_length: int = None, # T; None takes the tokenizer's
-        strategy=None, # (words, k, generator) → at most k ids (chapter 07); None keeps the first k pieces
-        generator=None, # for strategies that draw; None is torch's default one
+        strategy=None, # (words, k, u) → at most k ids (chapter 07); None keeps the first k pieces
+        draw=None, # int64 [N], a batch's `draw`, for strategies that use chance; None draws from torch's generator
     ) -> torch.Tensor: # int64 [N,T]; raises `UserError` for anything but strings, or a T that leaves no slot
         "Captions as rows: special tokens, pieces that fit, padding."
         texts, T = check_texts(texts), self.context_length if context_length is None else context_length
         k, look, flat = _slots(T, len(self.prefix) + len(self.suffix)), self._cache.__getitem__, []
         captions = [list(map(look, self.split(text))) for text in texts]
-        for ids in _chosen(captions, k, strategy, generator):
+        for ids in _chosen(captions, k, strategy, draw):
             flat += self.prefix
             flat += ids
             flat += self.suffix
@@ -273,3 +288,57 @@ def train_wordpiece(
         raise UserError(f'vocab_size {vocab_size} is too small: {needed}')
     words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))
     return WordPiece([*fixed, *words][:vocab_size], context_length)
+
+# %% ../nbs/06_tokenizer.ipynb #c035
+@dataclass(frozen=True)
+class Vocabulary(Config):
+    "A vocabulary that exists: it is found on this machine and never downloaded."
+    name: str = 'bert-base-uncased' # or 'clip', a Hub name that is in the cache, a directory, a vocabulary file
+
+    def check(self,
+        rows: int = None, # of the text tower's table of embeddings; None does not check
+    ): # raises `UserError` for a vocabulary that is missing, damaged or larger than the table
+        "Nothing, where `open` will succeed."
+        load_tokenizer(self.name, rows=rows)
+
+    def open(self,
+        captions, # never called: the vocabulary is there
+        folder, # not used
+        rows: int, # of the table of embeddings; None does not check
+        context_length: int, # T; None takes what was saved, else 32 for word pieces and 77 for CLIP
+        comm=LOCAL, # every rank reads the files
+    ) -> Tokenizer: # raises `UserError`
+        "The tokenizer of a run."
+        return load_tokenizer(self.name, context_length, rows=rows)
+
+@dataclass(frozen=True)
+class LearntVocabulary(Config):
+    "Word pieces that are learnt from a run's own captions, once."
+
+    def check(self,
+        rows: int = None, # of the table of embeddings; None does not check
+    ): # raises `UserError` where not even the special tokens fit
+        "Nothing, where there is room for a vocabulary."
+        if rows is not None and rows <= len(SPECIAL):
+            found = f'the text tower has rows for {rows} pieces'
+            raise UserError(f'{found}, and {len(SPECIAL)} of them are special tokens: give it more')
+
+    def open(self,
+        captions, # function without arguments that yields texts; called on rank 0, and only where nothing is saved yet
+        folder, # the tokenizer is saved into it and read from it; all ranks must see it
+        rows: int, # of the table of embeddings: at most so many pieces are learnt
+        context_length: int, # T
+        comm=LOCAL, # rank 0 learns, the others wait; all of them raise where it fails
+    ) -> Tokenizer: # raises `UserError` where there are no captions, or the letters do not fit into the rows
+        "The tokenizer of a run."
+        folder, complaint = Path(folder), ''
+        if comm.rank == 0 and not (folder / 'tokenizer_config.json').exists():
+            try:
+                learnt = train_wordpiece(captions(), rows, context_length)
+                if learnt.vocab_size == len(SPECIAL):
+                    raise UserError('found no caption to learn word pieces from: look at the training data')
+                learnt.save(folder)
+            except (UserError, OSError) as e:
+                complaint = f'{folder}: no vocabulary was learnt: {e}'
+        agree(complaint, comm) # nobody reads before rank 0 has written
+        return load_tokenizer(folder, context_length, rows=rows)

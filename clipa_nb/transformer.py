@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAUSAL', 'IMPLS', 'LONG', 'ACTS', 'CHECKPOINTING', 'JAX_DEPTH', 'INITS', 'causal_mask', 'pad_mask', 'reading_weights',
-           'pick_attention', 'attention', 'Attention', 'gelu_tanh', 'quick_gelu', 'function_name', 'MLP', 'Block',
-           'DropPath', 'ScaledBlock', 'Encoder', 'xavier_', 'init_encoder']
+           'pick_attention', 'attention', 'Attention', 'gelu_tanh', 'quick_gelu', 'function_name', 'MLP',
+           'CrossAttention', 'Block', 'DropPath', 'ScaledBlock', 'Encoder', 'xavier_', 'init_encoder']
 
 # %% ../nbs/08_transformer.ipynb #c002
 from functools import partial
@@ -152,24 +152,61 @@ class MLP(nn.Module):
     def extra_repr(self): return f'act={function_name(self.act)}'
 
 # %% ../nbs/08_transformer.ipynb #c032
+class CrossAttention(nn.Module):
+    "Attention whose keys and values come from another sequence, such as the tokens of a picture."
+    def __init__(self,
+        width: int, # D, of the tokens that ask
+        heads: int, # must divide the width
+        context: int, # C, width of the tokens that are read
+        impl: str = 'auto', # one of `IMPLS`
+    ):
+        super().__init__()
+        if width % heads: raise UserError(f'width {width} is not divisible by {heads} heads: the heads share the width evenly')
+        self.heads, self.impl = heads, impl
+        self.q_proj = nn.Linear(width, width)
+        self.kv_proj = nn.Linear(context, 2 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BND, context_BTC, mask_BT=None):
+        "`mask_BT`: True where a token of the context is real; None: all are."
+        (b, n, w), m = x_BND.shape, context_BTC.shape[1]
+        q_BHNd = self.q_proj(x_BND).view(b, n, self.heads, -1).transpose(1, 2)
+        k_BHTd, v_BHTd = self.kv_proj(context_BTC).view(b, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = None if mask_BT is None else mask_BT[:, None, None]
+        y_BHNd = attention(q_BHNd, k_BHTd, v_BHTd, mask, self.impl)
+        return self.out_proj(y_BHNd.transpose(1, 2).reshape(b, n, w))
+
+    def extra_repr(self): return f'heads={self.heads}, impl={self.impl!r}'
+
 class Block(nn.Module):
-    "Attention, then the MLP; each on a normalised copy, added back."
+    "Attention, then the MLP; each on a normalised copy, added back. With a context, cross-attention between the two."
     def __init__(self,
         width: int, # D
         heads: int, # of the attention
         mlp: int, # hidden width of the MLP
         act: str = 'gelu', # a name in `ACTS`
-        ln_eps: float = 1e-5, # of both layer norms
+        ln_eps: float = 1e-5, # of the layer norms
         impl: str = 'auto', # one of `IMPLS`
+        context: int = 0, # width of a context to look at; 0: the block looks at nothing else
     ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, ln_eps)
         self.attn = Attention(width, heads, impl)
         self.ln_2 = nn.LayerNorm(width, ln_eps)
         self.mlp = MLP(width, mlp, act)
+        self.cross = CrossAttention(width, heads, context, impl) if context else None
+        if context: self.ln_cross = nn.LayerNorm(width, ln_eps)
 
-    def forward(self, x_BND, mask=None):
+    def look(self, x_BND, context, context_mask=None):
+        "What the cross-attention adds; nothing where the block has none."
+        if (context is None) != (self.cross is None):
+            found, wanted = ('no context', 'one') if context is None else ('a context', 'none: build it with context=WIDTH')
+            raise UserError(f'found {found}, but this block expects {wanted}')
+        return 0 if context is None else self.cross(self.ln_cross(x_BND), context, context_mask)
+
+    def forward(self, x_BND, mask=None, context=None, context_mask=None):
         x_BND = x_BND + self.attn(self.ln_1(x_BND), mask)
+        if context is not None or self.cross is not None: x_BND = x_BND + self.look(x_BND, context, context_mask)
         return x_BND + self.mlp(self.ln_2(x_BND))
 
 # %% ../nbs/08_transformer.ipynb #c036
@@ -203,8 +240,9 @@ class ScaledBlock(Block):
         self.ls_2 = nn.Parameter(torch.full((width,), scale))
         self.drop = DropPath(drop)
 
-    def forward(self, x_BND, mask=None):
+    def forward(self, x_BND, mask=None, context=None, context_mask=None):
         x_BND = x_BND + self.drop(self.ls_1 * self.attn(self.ln_1(x_BND), mask))
+        if context is not None or self.cross is not None: x_BND = x_BND + self.look(x_BND, context, context_mask)
         return x_BND + self.drop(self.ls_2 * self.mlp(self.ln_2(x_BND)))
 
 # %% ../nbs/08_transformer.ipynb #c040
@@ -220,11 +258,11 @@ def _expensive(ctx, op, *args, **kwargs):
         keep = a.shape[1] <= b.shape[1] # the last product of an MLP narrows
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-def _keep_all(block, x_BND, mask): return block(x_BND, mask)
-def _recompute_all(block, x_BND, mask): return checkpoint(block, x_BND, mask, use_reentrant=False)
-def _recompute_cheap(block, x_BND, mask):
+def _keep_all(block, *inputs): return block(*inputs)
+def _recompute_all(block, *inputs): return checkpoint(block, *inputs, use_reentrant=False)
+def _recompute_cheap(block, *inputs):
     contexts = partial(create_selective_checkpoint_contexts, _expensive)
-    return checkpoint(block, x_BND, mask, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 CHECKPOINTING = dict(none=_keep_all, full=_recompute_all, selective=_recompute_cheap)
 
@@ -239,17 +277,21 @@ class Encoder(nn.Module):
         ln_eps: float = 1e-5, # of all layer norms
         checkpointing: str = 'none', # a name in `CHECKPOINTING`: what is kept for the backward pass
         impl: str = 'auto', # one of `IMPLS`
-        block=Block, # makes a block from (width, heads, mlp, act, ln_eps, impl)
+        block=Block, # makes a block from (width, heads, mlp, act, ln_eps, impl, **more)
+        **more, # of the block, such as `context`
     ):
         super().__init__()
         if checkpointing not in CHECKPOINTING: raise unknown('checkpointing', checkpointing, CHECKPOINTING)
         self.width, self.depth, self.heads, self.checkpointing = width, depth, heads, checkpointing
-        self.blocks = nn.ModuleList(block(width, heads, mlp, act, ln_eps, impl) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(width, heads, mlp, act, ln_eps, impl, **more) for _ in range(depth))
 
-    def forward(self, x_BND, mask=None):
-        "Through all blocks, kept or recomputed as the caller chose."
+    def forward(self, x_BND, mask=None, context=None, context_mask=None, hidden=None):
+        "Through all blocks, kept or recomputed as the caller chose; a list `hidden` collects the tokens after each."
         run = CHECKPOINTING[self.checkpointing] if torch.is_grad_enabled() else _keep_all
-        for block in self.blocks: x_BND = run(block, x_BND, mask)
+        others = (mask,) if context is None else (mask, context, context_mask)
+        for block in self.blocks:
+            x_BND = run(block, x_BND, *others)
+            if hidden is not None: hidden.append(x_BND)
         return x_BND
 
 # %% ../nbs/08_transformer.ipynb #c058
@@ -296,6 +338,15 @@ def _small(block, width, depth):
     _jax(block, width, depth)
     for w in _weights(block)[1::2]: nn.init.zeros_(w)
 
+def _cross(block, style):
+    "Cross-attention starts like flax's attention; in the style 'small' it adds nothing at first."
+    cross = block.cross
+    block.ln_cross.reset_parameters()
+    for linear, stacked in ((cross.q_proj, 1), (cross.kv_proj, 2), (cross.out_proj, 1)):
+        xavier_(linear.weight, stacked)
+        nn.init.zeros_(linear.bias)
+    if style == 'small': nn.init.zeros_(cross.out_proj.weight)
+
 INITS = dict(jax=_jax, jax_text=_jax_text, open_clip=_open_clip, open_clip_text=_open_clip_text, small=_small)
 
 def init_encoder(
@@ -307,4 +358,5 @@ def init_encoder(
     for block in encoder.blocks:
         for norm in (block.ln_1, block.ln_2): norm.reset_parameters()
         INITS[style](block, encoder.width, encoder.depth)
+        if getattr(block, 'cross', None) is not None: _cross(block, style)
     return encoder
