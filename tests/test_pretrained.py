@@ -42,7 +42,11 @@ def older(folder):
     if (ours := folder / F.OURS).exists():
         d = json.loads((folder / F.CONFIG).read_text())
         d['clipa_nb'] = ModelConfig.from_dict({k: v for k, v in json.loads(ours.read_text()).items() if k != 'tokenizer'}).to_dict()
-        (folder / F.CONFIG).write_text(json.dumps(d)); ours.unlink(); (folder / F.OUR_WEIGHTS).unlink()
+        (folder / F.CONFIG).write_text(json.dumps(d)); without_ours(folder)
+    return folder
+
+def without_ours(folder):
+    for name in (F.OURS, F.OUR_WEIGHTS): (folder / name).unlink(missing_ok=True)
     return folder
 
 def edit(folder, f):
@@ -518,7 +522,7 @@ class Malicious:
 @pytest.mark.parametrize('kind', ['bin', 'legacy', 'npz', 'torchscript', 'nested'])
 def test_a_malicious_file_ends_in_one_line(kind, tmp_path, saved):
     mark, file = tmp_path / 'it-ran', saved / 'open_clip_pytorch_model.bin'
-    (saved / P.FILES[0]).unlink()
+    (older(saved) / P.FILES[0]).unlink()
     if kind == 'bin': torch.save(Malicious(mark), file)
     if kind == 'nested': torch.save({'state_dict': {'visual.proj': torch.ones(2)}, 'optimizer': Malicious(mark)}, file)
     if kind == 'legacy': torch.save(Malicious(mark), file, _use_new_zipfile_serialization=False)
@@ -567,8 +571,10 @@ def test_wrong_heads_of_jax(monkeypatch):
 
 @pytest.mark.parametrize('keep', [0, 5, 100, 3000, -1])
 def test_truncated_safetensors(saved, keep):
-    raw = (saved / P.FILES[0]).read_bytes(); (saved / P.FILES[0]).write_bytes(raw[:keep])
-    refused('cut short|not wholly downloaded|cannot be read', P.create_model, f'local-dir:{saved}')
+    for file in (F.OUR_WEIGHTS, P.FILES[0]):
+        raw = (saved / file).read_bytes(); (saved / file).write_bytes(raw[:keep])
+        refused(f'{file}.*(cut short|not wholly downloaded|cannot be read)', P.create_model, f'local-dir:{saved}')
+        older(saved)
 
 @pytest.mark.parametrize('change, match', [
     (lambda d: d['model_cfg']['vision_cfg'].update(qk_norm=True), 'vision_cfg sets qk_norm=True'),
@@ -620,7 +626,7 @@ def test_directories(tmp_path, saved):
     (tmp_path / 'empty').mkdir(); refused('holds no open_clip_config.json', P.create_model, f'local-dir:{tmp_path}/empty')
     (tmp_path / 'empty' / 'config.json').write_text('{}'); refused('transformers library', P.create_model, f'local-dir:{tmp_path}/empty')
     refused('local-dir:PATH', P.create_model, 'local-dir:'); refused('local-dir:PATH', P.create_model, 's3://bucket')
-    (saved / P.FILES[0]).rename(saved / f'{P.FILES[0]}.incomplete'); refused('incomplete… was not wholly downloaded|was not wholly downloaded', P.create_model, f'local-dir:{saved}')
+    (older(saved) / P.FILES[0]).rename(saved / f'{P.FILES[0]}.incomplete'); refused('incomplete… was not wholly downloaded|was not wholly downloaded', P.create_model, f'local-dir:{saved}')
     (saved / f'{P.FILES[0]}.incomplete').unlink(); refused('holds a configuration but no weights', P.create_model, f'local-dir:{saved}')
     (saved / P.FILES[0]).write_text('version https://git-lfs.github.com/spec/v1\n'); refused('Git LFS pointer', P.create_model, f'local-dir:{saved}')
 
@@ -659,7 +665,8 @@ def test_hub_says_what_went_wrong_and_what_is_cached(monkeypatch, saved):
         refused(match + r'.*cached: a/b, org/old', P.create_model, 'hf-hub:org/new')
     monkeypatch.setattr(F, 'need', lambda *a: Hub(ConnectionError(), copy=saved))
     assert P.create_model('hf-hub:org/old').cfg == SMALL
-    (saved / P.FILES[0]).unlink(); refused('holds a configuration but no weights', P.create_model, 'hf-hub:org/old')
+    (saved / F.OUR_WEIGHTS).unlink(); refused('holds a configuration but no weights: expected model.safetensors', P.create_model, 'hf-hub:org/old')
+    (without_ours(saved) / P.FILES[0]).unlink(); refused('holds a configuration but no weights', P.create_model, 'hf-hub:org/old')
     monkeypatch.setattr(F, 'need', lambda *a: Hub(files=['config.json', 'model.safetensors']))
     refused('not a model in open_clip layout', P.create_model, 'hf-hub:org/transformers')
 
@@ -746,7 +753,7 @@ def test_push_to_hub(monkeypatch, saved):
     train_wordpiece(['a red star'], 60, 8).save(saved)
     assert P.push_to_hub(saved, 'me/it', private=True, metrics={'top1': 0.5}, license='mit').endswith('me/it')
     words = json.loads(sent['open_clip_config.json'])
-    assert words['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'me/it' and sent['made']['private'] and P.from_open_clip_config(words) == SMALL
+    assert words['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'me/it' and sent['made']['private'] and ModelConfig.from_dict({k: v for k, v in json.loads(sent['config.json']).items() if k != 'tokenizer'}) == SMALL
     assert b'license: mit' in sent['README.md'] and b"'hf-hub:me/it'" in sent['README.md'] and b'| top1 | 0.5 |' in sent['README.md']
     assert json.loads((saved / 'open_clip_config.json').read_text())['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'bert-base-uncased' # the directory stays as it was
     P.push_to_hub(small(), 'me/two'); assert sent[P.FILES[0]]
@@ -823,7 +830,7 @@ def test_kinds_of_positions_are_named(saved):
 # ---- wrong values, wherever they stand
 
 @pytest.mark.parametrize('path, value, match', [
-    ('clipa_nb.act', 'gelu_tahn', 'did you mean gelu_tanh'), ('clipa_nb.text_pool', 'lst', 'did you mean last'), ('clipa_nb.image.heads', 0, r'clipa_nb\.image\.heads=0'), ('clipa_nb.text.heads', 0, r'clipa_nb\.text\.heads=0'), ('clipa_nb.ln_eps', 'x', "ln_eps='x': expected a number"),
+    ('clipa_nb.act', 'gelu_tahn', 'did you mean gelu_tanh'), ('clipa_nb.text_pool', 'lst', 'did you mean last'), ('clipa_nb.image.heads', 0, r'clipa_nb\.image\.heads=0'), ('clipa_nb.text.heads', 0, r'clipa_nb\.text\.heads=0'), ('clipa_nb.ln_eps', 'x', "ln_eps: found 'x', expected a number"),
     ('vision_cfg.head_width', 0, r'vision_cfg\.head_width=0: expected a whole number of at least 1'), ('text_cfg.heads', 0, r'text_cfg\.heads=0'), ('vision_cfg.patch_size', 0, r'vision_cfg\.patch_size=0'),
     ('vision_cfg.mlp_ratio', None, 'mlp_ratio=None: expected a number'), ('vision_cfg.layers', 1.5, r'vision_cfg\.layers=1\.5'), ('text_cfg.act_kwargs', 'tanh', r"text_cfg\.act_kwargs='tanh'"),
     ('text_cfg.width', -8, r'text_cfg\.width=-8'), ('preprocess_cfg', [0.5], 'preprocessing is list'), ('preprocess_cfg.mean', 'x', 'three numbers'), ('preprocess_cfg.std', [None] * 3, 'three numbers')])
@@ -835,10 +842,11 @@ def test_wrong_values_are_told_with_their_key(path, value, match, saved):
         d[last] = value
     refused(match, P.create_model, f'local-dir:{edit(saved, f)}')
 
-@pytest.mark.parametrize('half', ['model_cfg', 'clipa_nb'])
+@pytest.mark.parametrize('half', ['model_cfg', 'clipa_nb', 'config.json'])
 def test_no_wrong_value_ends_in_a_traceback(half, saved, monkeypatch):
     "Every setting at every odd value: understood, or one line."
-    whole = P.config_in(saved)
+    whole, read = F.own_config(saved), lambda d: P.understood_ours(d, saved.parent)
+    if half != 'config.json': whole, read = P.config_in(older(saved)), P.understood
     if half == 'model_cfg': whole.pop('clipa_nb'); whole['model_cfg'] = F.MODEL | dict(vision_cfg=F.VISION | whole['model_cfg']['vision_cfg'], text_cfg=F.TEXT | whole['model_cfg']['text_cfg'])
     def ways(d, path=()):
         for k, v in d.items():
@@ -850,7 +858,7 @@ def test_no_wrong_value_ends_in_a_traceback(half, saved, monkeypatch):
             d = json.loads(json.dumps(whole)); inner = d
             for k in path[:-1]: inner = inner[k]
             inner[path[-1]] = value
-            try: P.understood(d)
+            try: read(d)
             except UserError as e: assert '\n' not in str(e); n += 1
     assert n > 200
 
@@ -868,7 +876,7 @@ def test_arguments_of_the_wrong_kind(saved, tmp_path):
     for train in (False, True): refused('cannot be decoded', P.preprocess(SMALL, train), b'garbage')
     whole = io.BytesIO(); Image.new('RGB', (90, 70)).save(whole, 'PNG'); refused('cannot be decoded', P.preprocess(SMALL), whole.getvalue()[:60])
     assert not (tmp_path / 'k').exists()
-    (saved / 'open_clip_config.json').write_text('{"model_cfg": {}}'); refused('holds no text_cfg', P.get_tokenizer, name)
+    (older(saved) / 'open_clip_config.json').write_text('{"model_cfg": {}}'); refused('holds no text_cfg', P.get_tokenizer, name)
 
 def test_a_registered_architecture_takes_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(P, 'ADDED', {}); monkeypatch.setattr(P, 'ADDED_WORDS', {}, raising=False)
