@@ -3,12 +3,17 @@ import copy, math, pickle, re
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from clipa_nb.core import UserError, generator
+import numpy as np
+from clipa_nb.core import UserError, draws_of, fresh_draws, generator, keyed_uniform, seed_of
 from clipa_nb.cost import SIZES, n_tokens
 from clipa_nb.patch_embedding import FORMS, ClassToken, LearnedPositions, PatchEmbed, SinCos, _fitting, grid_of, patchify, resize_positions, sincos, speeds, tokens, waves
-from clipa_nb.token_dropping import IMAGE_STRATEGIES, TokenDrop, _chance, _no_window, _patches, _rectangle, _stride, _window, grid_ids, n_keep, no_ids, resize, resize_for, take_tokens, true_ratio
+from clipa_nb.token_dropping import IMAGE_STRATEGIES, TokenDrop, _no_window, _patches, _rectangle, _stride, _window, grid_ids, n_keep, no_ids, resize, resize_for, take_tokens, true_ratio
 
 DROPPING = ('random', 'grid', 'block')
+def numbers(b, *keys, n=1024):
+    "Uniform numbers [b,n], as a batch's draws give them."
+    return keyed_uniform(draws_of(seed_of(*keys), np.arange(b)), 'image tokens', n)
+
 GRIDS = [(8, 8), (6, 10), (1, 7), (16, 16), (3, 5)]
 
 # --- patches ---
@@ -183,7 +188,7 @@ def test_ids_are_distinct_ascending_and_as_many_as_promised(strategy, grid):
     for ratio in (0., 0.1, 0.3, 0.4, 0.5, 0.75, 8 / 9, 0.9375):
         try: k = n_keep(strategy, grid, ratio)
         except UserError: continue
-        ids = IMAGE_STRATEGIES[strategy](7, grid, ratio, generator(0, strategy)); done += 1
+        ids = IMAGE_STRATEGIES[strategy](numbers(7, 0, strategy), grid, ratio); done += 1
         assert ids.shape == (7, k) and ids.dtype == torch.int64 and ids.min() >= 0 and ids.max() < grid[0] * grid[1] and (ids.diff(dim=1) > 0).all()
         assert true_ratio(strategy, grid, ratio) == 1 - k / (grid[0] * grid[1])
         if ratio == 0: assert ids.equal(torch.arange(grid[0] * grid[1]).expand(7, -1))
@@ -203,15 +208,16 @@ def test_counts_by_hand():
     assert [_rectangle(g, r) for g, r in (((8, 8), 0.75), ((8, 8), 0.5), ((6, 10), 0.75), ((3, 5), 0.), ((5, 5), 0.75), ((7, 7), 0.75))] == [(4, 4), (6, 6), (3, 5), (3, 5), (2, 2), (4, 4)]
     with pytest.raises(UserError, match='leaves none'): _rectangle((1, 16), 0.9)
     assert true_ratio('block', (8, 8), 0.5) == 1 - 36 / 64
-    assert no_ids(2, (2, 3)).equal(torch.arange(6).expand(2, 6))
-    assert grid_ids(1, (4, 6), 0.75, corner=(0, 0))[0].tolist() == [0, 2, 4, 12, 14, 16]
-    with pytest.raises(UserError, match=r'found corner \(0, 2\)'): grid_ids(1, (8, 8), 0.75, corner=(0, 2))
+    assert no_ids(torch.zeros(2, 6), (2, 3)).equal(torch.arange(6).expand(2, 6))
+    assert grid_ids(torch.zeros(1, 24), (4, 6), 0.75)[0].tolist() == [0, 2, 4, 12, 14, 16]
+    assert grid_ids(torch.full((1, 24), 1 - 2**-24), (4, 6), 0.75)[0].tolist() == [7, 9, 11, 19, 21, 23]
     assert resize_for(1, 16) == 16 and [resize_for(n, p) for n, p in ((16, 8), (49, 16), (98, 16), (36, 14))] == [32, 112, 160, 84]
 
-def test_a_draw_without_a_generator_is_the_default_ones():
-    torch.manual_seed(3); a = torch.rand(2, generator=None); torch.manual_seed(3)
-    assert torch.rand(2, **_chance(None, 'cpu')).equal(a) and 'generator' not in _chance(None, None)
-    assert not IMAGE_STRATEGIES['random'](4, (8, 8), 0.75, generator(1, 'drop')).equal(IMAGE_STRATEGIES['random'](4, (8, 8), 0.75, generator(0, 'drop')))
+def test_equal_numbers_give_equal_ids_and_other_draws_others():
+    for s in DROPPING:
+        u = numbers(64, 0, s)
+        assert IMAGE_STRATEGIES[s](u, (8, 8), 0.75)[5:9].equal(IMAGE_STRATEGIES[s](u[5:9], (8, 8), 0.75))
+        assert not IMAGE_STRATEGIES[s](u, (8, 8), 0.75).equal(IMAGE_STRATEGIES[s](numbers(64, 1, s), (8, 8), 0.75))
 
 def test_official_rounding():
     assert [n_keep('random', (s, s), r) for s, r in ((16, 0.3), (16, 0.4), (24, 0.4), (14, 0.75), (14, 0.5))] == [179, 153, 345, 49, 98]
@@ -275,24 +281,24 @@ def worst(count, p, draws): return float(((count - draws * p) / (draws * p * (1 
 
 @pytest.mark.parametrize('grid, ratio', [((8, 8), 0.75), ((6, 10), 0.4), ((16, 16), 0.3)])
 def test_random_keeps_every_place_alike(grid, ratio):
-    n, draws = grid[0] * grid[1], 20_000; ids = IMAGE_STRATEGIES['random'](draws, grid, ratio, generator(1, 'uniform'))
+    n, draws = grid[0] * grid[1], 20_000; ids = IMAGE_STRATEGIES['random'](numbers(draws, 1, 'uniform'), grid, ratio)
     assert worst(torch.bincount(ids.flatten(), minlength=n), torch.full((n,), ids.shape[1] / n), draws) < 4.5
 
 def test_random_keeps_every_subset_alike():
-    ids = IMAGE_STRATEGIES['random'](30_000, (1, 5), 0.6, generator(1, 'subsets')); count = torch.bincount(ids[:, 0] * 5 + ids[:, 1], minlength=25)
+    ids = IMAGE_STRATEGIES['random'](numbers(30_000, 1, 'subsets'), (1, 5), 0.6); count = torch.bincount(ids[:, 0] * 5 + ids[:, 1], minlength=25)
     p = torch.tensor([[0.1 if j > i else 0. for j in range(5)] for i in range(5)]).flatten()
     assert worst(count, p, 30_000) < 4.5 and count[p == 0].sum() == 0
 
 def test_random_under_another_default_dtype():
     before = torch.get_default_dtype()
-    try: torch.set_default_dtype(torch.bfloat16); ids = IMAGE_STRATEGIES['random'](5, (24, 24), 0.4, generator(1, 'dtype'))
+    try: torch.set_default_dtype(torch.bfloat16); ids = IMAGE_STRATEGIES['random'](numbers(5, 1, 'dtype'), (24, 24), 0.4)
     finally: torch.set_default_dtype(before)
-    assert ids.equal(IMAGE_STRATEGIES['random'](5, (24, 24), 0.4, generator(1, 'dtype')))
+    assert ids.equal(IMAGE_STRATEGIES['random'](numbers(5, 1, 'dtype'), (24, 24), 0.4))
 
 @pytest.mark.parametrize('grid, ratio', [((8, 8), 0.75), ((6, 10), 0.5), ((16, 16), 0.3)])
 def test_block_starts_anywhere_it_fits(grid, ratio):
     (h, w), draws = grid, 20_000; kh, kw = (round(s * math.sqrt(1 - ratio)) for s in grid)
-    ids = IMAGE_STRATEGIES['block'](draws, grid, ratio, generator(1, 'block')); y, x = ids[:, 0] // w, ids[:, 0] % w
+    ids = IMAGE_STRATEGIES['block'](numbers(draws, 1, 'block'), grid, ratio); y, x = ids[:, 0] // w, ids[:, 0] % w
     whole = (y[:, None, None] + torch.arange(kh)[:, None]) * w + x[:, None, None] + torch.arange(kw)
     assert ids.equal(whole.flatten(1)) and y.max() == h - kh and x.max() == w - kw
     starts = torch.bincount(y * (w - kw + 1) + x, minlength=(h - kh + 1) * (w - kw + 1)); assert worst(starts, torch.full(starts.shape, 1 / len(starts)), draws) < 4.5
@@ -301,7 +307,7 @@ def test_block_starts_anywhere_it_fits(grid, ratio):
 
 @pytest.mark.parametrize('grid, s', [((8, 8), 2), ((6, 9), 3), ((8, 4), 4)])
 def test_grid_hits_every_window_once_at_every_corner(grid, s):
-    draws = 8_000; ids = IMAGE_STRATEGIES['grid'](draws, grid, 1 - 1 / s**2, generator(1, 'grid')); y, x = ids // grid[1], ids % grid[1]
+    draws = 8_000; ids = IMAGE_STRATEGIES['grid'](numbers(draws, 1, 'grid'), grid, 1 - 1 / s**2); y, x = ids // grid[1], ids % grid[1]
     assert ((y // s) * (grid[1] // s) + x // s).sort(1).values.equal(torch.arange(ids.shape[1]).expand(draws, -1))
     corner = (y % s) * s + x % s; assert (corner == corner[:, :1]).all()
     assert worst(torch.bincount(corner[:, 0], minlength=s * s), torch.full((s * s,), 1 / s**2), draws) < 4.5
@@ -309,7 +315,7 @@ def test_grid_hits_every_window_once_at_every_corner(grid, s):
 GOLDEN = {'random': [4, 7, 15, 21, 24, 27], 'grid': [8, 10, 12, 14, 24, 26], 'block': [18, 19, 20, 21, 26, 27]}
 
 def test_the_draws_of_a_seed_never_change():
-    first = {s: IMAGE_STRATEGIES[s](2, (8, 8), 0.75, generator(0, 'golden'))[1, :6].tolist() for s in DROPPING}
+    first = {s: IMAGE_STRATEGIES[s](numbers(2, 0, 'golden'), (8, 8), 0.75)[1, :6].tolist() for s in DROPPING}
     assert first == GOLDEN, 'the ids of a seed changed: recorded runs cannot be repeated'
 
 # --- dropping: in a tower ---
@@ -332,10 +338,20 @@ def test_dropped_tokens_get_no_gradient(strategy):
     assert (x.grad[~alive] == 0).all() and x.grad[alive].equal(2 * x.detach()[alive])
 
 @pytest.mark.parametrize('strategy', DROPPING)
-def test_replayed_from_the_default_generator(strategy):
-    drop, x = TokenDrop(strategy, 0.75), torch.zeros(64, 64, 1); state = torch.get_rng_state()
-    first, second = drop(x, (8, 8))[1], drop(x, (8, 8))[1]; torch.set_rng_state(state)
-    assert drop(x, (8, 8))[1].equal(first) and not first.equal(second) and drop(x, (8, 8))[1].equal(second)
+def test_a_sample_drops_the_same_in_any_batch(strategy):
+    drop, x, draw = TokenDrop(strategy, 0.75), torch.zeros(64, 64, 1), draws_of(0, np.arange(64))
+    whole = drop(x, (8, 8), draw)[1]
+    torch.rand(5) # what was drawn before does not matter
+    parts = torch.cat([drop(x[:n], (8, 8), d)[1] for d in draw.split((10, 30, 24)) for n in [len(d)]])
+    assert parts.equal(whole) and not drop(x, (8, 8), draws_of(1, np.arange(64)))[1].equal(whole)
+
+@pytest.mark.parametrize('strategy', DROPPING)
+def test_without_draws_the_default_generator_gives_them(strategy):
+    drop, x = TokenDrop(strategy, 0.75), torch.zeros(64, 64, 1)
+    torch.manual_seed(3)
+    first, second = drop(x, (8, 8))[1], drop(x, (8, 8))[1]
+    torch.manual_seed(3)
+    assert drop(x, (8, 8), fresh_draws(64))[1].equal(first) and not first.equal(second)
 
 @pytest.mark.parametrize('strategy', DROPPING)
 def test_never_looks_at_a_value(strategy):
@@ -361,7 +377,6 @@ def test_traced_whole(strategy, backend):
     torch.manual_seed(7); kept_too, ids_too = traced(y, (8, 8)); kept_too.pow(2).sum().backward()
     assert ids.equal(ids_too) and kept.equal(kept_too) and x.grad.equal(y.grad)
     for h, w in ((6, 10), (4, 4)): assert traced(torch.zeros(2, 1 + h * w, 2), (h, w))[1].shape == (2, h * w // 4)
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException): torch.compile(lambda g: IMAGE_STRATEGIES[strategy](2, (8, 8), 0.75, g), fullgraph=True, backend=backend)(generator(0, 'x'))
 
 def test_a_whole_front_of_a_tower_traced():
     class Front(nn.Module):
@@ -379,10 +394,10 @@ def test_positions_must_be_added_before_dropping():
     for f, ok in ((right, True), (wrong, False)): kept, ids = f(TokenDrop('random', 0.75)); assert kept.equal(positions[ids]) == ok
 
 def test_a_strategy_can_be_handed_in():
-    def last(b, grid, ratio, generator=None, device=None): return torch.arange(grid[0] * grid[1] - 3, grid[0] * grid[1], device=device).expand(b, -1)
+    def last(u, grid, ratio): return torch.arange(grid[0] * grid[1] - 3, grid[0] * grid[1], device=u.device).expand(len(u), -1)
     drop = TokenDrop(last, 0.5); assert drop(where_it_is(12), (3, 4))[1].tolist() == [[9, 10, 11]] * 3 and 'last' in repr(drop)
 
-def forgot(b, grid, ratio, generator=None, device=None): pass # the return
+def forgot(u, grid, ratio): pass # the return
 
 @pytest.mark.parametrize('call, says', [
     (lambda: TokenDrop('random', -0.1), 'expected 0 ≤ ratio < 1'), (lambda: TokenDrop('block', 1), 'expected 0 ≤ ratio < 1'), (lambda: TokenDrop('grid', 0.5), '0.000 or 0.750'), (lambda: TokenDrop('none', 0.5), 'name a strategy'),
