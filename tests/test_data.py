@@ -566,10 +566,10 @@ def test_tables_that_are_no_text_or_lack_columns(tmp_path):
 
 
 def test_paths_of_a_table_from_either_place(tmp_path, monkeypatch):
-    for folder, i in (('tables', 1), ('work', 2)): (tmp_path / folder).mkdir(); (tmp_path / folder / 'own.jpg').write_bytes(jpeg(picture(i)))
-    (tmp_path / 'work' / 'there.jpg').write_bytes(jpeg(picture(3)))
-    (tmp_path / 'tables' / 'a.csv').write_text(f'filepath,title\nown.jpg,beside the table first\nthere.jpg,then here\n{tmp_path}/work/own.jpg,absolute\nnone.jpg,nowhere\n')
-    monkeypatch.chdir(tmp_path / 'work')
+    for folder, i in (('tables', 1), ('runs', 2)): (tmp_path / folder).mkdir(); (tmp_path / folder / 'own.jpg').write_bytes(jpeg(picture(i)))
+    (tmp_path / 'runs' / 'there.jpg').write_bytes(jpeg(picture(3)))
+    (tmp_path / 'tables' / 'a.csv').write_text(f'filepath,title\nown.jpg,beside the table first\nthere.jpg,then here\n{tmp_path}/runs/own.jpg,absolute\nnone.jpg,nowhere\n')
+    monkeypatch.chdir(tmp_path / 'runs')
     s = Csv('../tables/a.csv'); monkeypatch.chdir(tmp_path / 'tables')
     assert [s.read(i)['image'] for i in range(3)] == [jpeg(picture(i)) for i in (1, 3, 2)]
     with pytest.raises(FileNotFoundError): s.read(3)

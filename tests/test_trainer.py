@@ -1,14 +1,18 @@
 "The loop: an objective's own weights, the moving average, one agreement, chance keyed by the sample, when a run stops."
-import math, os, signal, time
+import io, math, os, signal, time, zlib
+import numpy as np
 import pytest, torch
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from clipa_nb.clip import ModelConfig, build_clip
 from clipa_nb.core import LOCAL, UserError, draws_of, keyed_uniform
 from clipa_nb.cost import Tower
+from clipa_nb.data import Batches, Source
 from clipa_nb.distributed_trainer import same_gradients, spawn
 from clipa_nb.engine.checkpoints import pack, unpack
+from clipa_nb.engine.pictures import Transform
 from clipa_nb.infonce import Contrastive, row_mean
 from clipa_nb.optimization import AdamW, Constant, Cosine
 from clipa_nb.trainer import (ASK_EVERY, Meter, Stopped, Task, TrainConfig, agree_to_stop, average, draws_itself, due, evaluated, first_look,
@@ -175,6 +179,53 @@ def test_another_draw_is_another_run():
     task = task_of()
     losses = {seed: float(task.loss(task(b := dict(batch_of(0), draw=draws_of(seed, torch.arange(B)))), b)['loss'].detach()) for seed in (3, 4)}
     assert abs(losses[3] - losses[4]) > 1e-3
+
+class Words:
+    "A tokenizer in miniature: the caption's words by number, some of them drawn by `draw` and kept in order."
+    context_length = KEPT
+    def __call__(self, texts, context_length=None, strategy=None, draw=None):
+        rows = []
+        for text, u in zip(texts, keyed_uniform(draw, 'text', WORDS)):
+            ids = torch.tensor([zlib.crc32(w.encode()) % 30 for w in text.split()] or [0])
+            rows.append(F.pad(ids[u[:len(ids)].argsort(stable=True)[:KEPT].sort().values], (0, KEPT))[:KEPT])
+        return torch.stack(rows)
+
+class Noise(Source):
+    "Pictures of noise in memory, one of which is broken."
+    n = 24
+    def read(self, i):
+        rng, file = np.random.default_rng(i), io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(file, 'PNG')
+        words = rng.integers(0, 1000, WORDS)
+        return dict(image=b'no picture' if i == 13 else file.getvalue(), text=' '.join(map(str, words)), json={})
+
+class Patches(Pair):
+    "The image tower over ten patches of 10×10 pixels."
+    def encode_image(self, image, normalize=False, draw=None):
+        pixels = image.double().unfold(2, 10, 10).unfold(3, 10, 10).flatten(2, 3).mean((-1, -2)).transpose(1, 2)[:, :N]
+        return super().encode_image(torch.cat([pixels, pixels[..., :2]], -1) / 255, draw=draw)
+
+def chain(comm, chunks=1, start=0, steps=5, state=None):
+    "A run on real batches: crops, words and dropped tokens all by `draw`."
+    task, trace, last = Task(Patches(), Projected()).double().train(), [], {}
+    data = Batches(Noise(), Words(), Transform(40, scale=(0.4, 1.)), B, seed=1, rank=comm.rank, size=comm.size, limit=0.5)
+    cfg = TrainConfig(steps=steps, lr=3e-2, chunks=chunks, log_every=1)
+    optimizer = AdamW().build(task, cfg.lr)
+    if state: unpack(state, task, optimizer)
+    def log(**row): trace.append({k: row[k] for k in ('step', 'train/loss', 'train/grad_norm')})
+    def save(step): last.update(pack(task, optimizer))
+    batches = [data[s] for s in range(start, steps)]
+    fit(comm.wrap(task), task, batches, optimizer, cfg, start=start, comm=comm, log=log, save=save)
+    return trace, last, sum(int((~b['valid']).sum()) for b in batches)
+
+def test_the_whole_chain_is_the_same_on_any_number_of_ranks():
+    "Batches from a source with an unreadable sample; the ranks that meet it have fewer valid rows than the others."
+    alone, end, missing = chain(LOCAL)
+    assert missing == 2, 'the broken picture is met twice in five batches'
+    for n, chunks in ((2, 1), (2, 4), (4, 1), (4, 2)):
+        answers = spawn(chain, n, chunks)
+        assert_same(answers[0][0], alone, f'{n} ranks, {chunks} chunks')
+        assert sum(a[2] for a in answers) == missing
 
 def small_clip():
     tower = Tower(16, 1, 2, 32)
