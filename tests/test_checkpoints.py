@@ -2,20 +2,26 @@
 import hashlib, json, os
 import pytest, torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clipa_nb.core import UserError
-from clipa_nb.engine.checkpoints import Checkpoints, Log, file_hash, flush_folder, pack, read_log, unpack, write_json
-from clipa_nb.optimization import make_optimizer
+from clipa_nb.engine.checkpoints import Checkpoints, Log, file_hash, flush_folder, model_weights, pack, read_log, unpack, write_json
 
-def trained(steps, model=None, optimizer=None, first=0):
-    "A small model, its optimiser, and the last loss."
-    if model is None:
-        torch.manual_seed(0); model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-    optimizer = optimizer or make_optimizer(model, lr=1e-2, weight_decay=0.1)
-    loss = None
+def started():
+    "A small task (model and objective), its optimiser, and a moving average of its model."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    task = nn.ModuleDict(dict(model=model, objective=nn.Linear(3, 1)))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    return task, torch.optim.AdamW(task.parameters(), lr=1e-2), ema
+
+def train(task, optimizer, ema, steps, first=0):
+    "The last loss of a few steps."
     for s in range(first, first + steps):
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(s))
-        optimizer.zero_grad(); loss = (model(x) - x.sum(1, keepdim=True)).square().mean(); loss.backward(); optimizer.step()
-    return model, optimizer, loss
+        loss = (task['objective'](task['model'](x)) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ema.update_parameters(task['model'])
+    return loss
 
 def test_small_files(tmp_path):
     write_json(tmp_path / 'a.json', {'step': 2}); write_json(tmp_path / 'a.json', {'step': 3})
@@ -24,22 +30,39 @@ def test_small_files(tmp_path):
     flush_folder(tmp_path)
     with pytest.raises(OSError, match='absent'): flush_folder(tmp_path / 'absent')
 
-def test_a_restored_twin_takes_the_same_step():
-    model, optimizer, _ = trained(3)
-    packed = pack(model, optimizer)
-    assert 'optimizer.exp_avg.0.weight' in packed and torch.equal(packed['model.0.weight'], model[0].weight)
-    assert packed['model.0.weight'].data_ptr() != model[0].weight.data_ptr() # a copy
-    assert all(k.startswith('model.') for k in pack(model))
-    twin, twin_optimizer, _ = trained(0)
-    unpack(packed, twin, twin_optimizer)
-    a, b = trained(1, model, optimizer, 3)[2], trained(1, twin, twin_optimizer, 3)[2]
-    assert torch.equal(a, b)
-    for p, q in zip(model.state_dict().values(), twin.state_dict().values()): assert torch.equal(p, q)
-    weights, _, _ = trained(0); unpack(packed, weights) # without an optimiser
+def test_a_restored_twin_takes_the_same_steps():
+    run, twin = started(), started()
+    train(*run, 3)
+    packed = pack(*run)
+    assert torch.equal(packed['model.0.weight'], run[0]['model'][0].weight) and torch.equal(packed['objective.bias'], run[0]['objective'].bias)
+    assert packed['model.0.weight'].data_ptr() != run[0]['model'][0].weight.data_ptr() # a copy
+    assert {'optimizer.exp_avg.0.weight', 'optimizer.exp_avg_sq.objective.weight', 'ema.n_averaged', 'ema.module.1.running_mean'} <= set(packed)
+    unpack(packed, *twin)
+    assert torch.equal(train(*run, 2, 3), train(*twin, 2, 3))
+    a, b = pack(*run), pack(*twin)
+    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+def test_each_part_of_a_pack_is_optional():
+    task, optimizer, ema = started()
+    train(task, optimizer, ema, 2)
+    assert {k.partition('.')[0] for k in pack(task)} == {'model', 'objective'}
+    weights, _, fresh = started()
+    unpack(pack(task, optimizer, ema), weights) # the weights alone
+    assert torch.equal(weights['objective'].weight, task['objective'].weight)
+    unpack(pack(task, optimizer), weights, ema=fresh) # a run that kept no average: it begins here
+    assert int(fresh.n_averaged) == 0
+
+def test_the_weights_to_evaluate_are_the_average_where_there_is_one():
+    task, optimizer, ema = started()
+    train(task, optimizer, ema, 2)
+    plain, averaged = model_weights(pack(task, optimizer)), model_weights(pack(task, optimizer, ema))
+    assert set(plain) == set(averaged) == set(task['model'].state_dict())
+    assert torch.equal(plain['0.weight'], task['model'][0].weight) and torch.equal(averaged['0.weight'], ema.module[0].weight)
+    assert not torch.equal(plain['0.weight'], averaged['0.weight'])
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     assert Checkpoints(tmp_path / 'nothing').latest() is None
-    saved, tensors = Checkpoints(tmp_path / 'run', keep=2), pack(trained(0)[0])
+    saved, tensors = Checkpoints(tmp_path / 'run', keep=2), pack(started()[0])
     for step in (10, 20, 30): assert saved.save(step, tensors, {'stage': 0}).name == f'step_{step:08d}'
     assert [p.name for p in saved.steps()] == ['step_00000020', 'step_00000030'] and saved.latest()[1]['step'] == 30
     weights = saved.steps()[-1] / 'tensors.safetensors'

@@ -3,9 +3,9 @@ import io, json, os, pickle, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from clipa_nb.core import UserError
-from clipa_nb.data import (Batches, ClassFolders, Csv, Endless, Filter, Folder, HubSet, Shards, Skips, Source, Subset, _Steps, _extras, _one_caption, _pairs,
-                           _pictures, _same, _start_worker, _stream, _table, apply_filters, cause, filtered, loader, open_pairs, order, positions, read_row)
+from clipa_nb.core import UserError, draws_of, keyed_uniform
+from clipa_nb.data import (FIELDS, Batches, ClassFolders, Csv, Endless, Filter, Folder, HubSet, PairData, Shards, Skips, Source, Subset, _Steps, _pairs, _pictures, _same, _start_worker,
+                           _stream, _table, apply_filters, captions_of, cause, check_needs, check_pairs, filtered, loader, looks_at, one_caption, open_pairs, order, positions)
 from clipa_nb.engine.pictures import Transform, decode, jpeg
 from clipa_nb.engine.shards import members, write_shards
 
@@ -21,10 +21,10 @@ def samples(n, **more):
     for i in range(n): yield f'{i:06d}', jpeg(picture(i)), f'caption number {i}', {'label': i, **more}
 
 
-def tokens(texts, context_length=None, strategy=None, generator=None):
-    "One id per letter; with a strategy, shuffled by the generator."
-    ids = torch.tensor([[ord(c) for c in t[:context_length].ljust(context_length)] for t in texts])
-    return ids[:, torch.randperm(context_length, generator=generator)] if strategy else ids
+def tokens(texts, context_length=None, strategy=None, draw=None):
+    "One id per letter; with a strategy, each row shuffled by its own draw."
+    ids = torch.tensor([[ord(c) for c in t[:context_length].ljust(context_length, '\0')] for t in texts])
+    return ids.gather(1, keyed_uniform(draw, 'text', context_length).argsort(dim=1, stable=True)) if strategy else ids
 
 
 def as_file(image, form, **options):
@@ -39,7 +39,8 @@ def toy(tmp_path_factory):
 
 
 def batches(where, B=8, **more):
-    return Batches(Shards(where), tokens, more.pop('transform', Transform(16, jitter=0.8, gray=0.2)), B, seed=more.pop('seed', 3), context_length=20, strategy='shuffle', **more)
+    fields = more.pop('fields', ('image', 'text', 'label', 'views'))
+    return Batches(Shards(where), tokens, more.pop('transform', Transform(16, jitter=0.8, gray=0.2)), B, seed=more.pop('seed', 3), context_length=20, strategy='shuffle', fields=fields, **more)
 
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -71,11 +72,23 @@ def test_workers_do_not_matter(toy, workers):
 
 @pytest.mark.parametrize('size', [2, 4, 8])
 def test_ranks_do_not_matter(toy, size):
-    "All but the text strategy, which draws per rank."
+    "Everything: words drawn at random, views, colours, draws."
     whole = batches(toy)
     for step in (0, 12, 13):
         parts = [batches(toy, rank=r, size=size)[step] for r in range(size)]
-        for k in ('image', 'label', 'skipped'): assert torch.equal(torch.cat([p[k] for p in parts]), whole[step][k])
+        assert same({k: torch.cat([p[k] for p in parts]) for k in whole[step]}, whole[step])
+
+
+def test_draws_are_the_positions_and_each_field_has_its_own(toy):
+    b = batches(toy, transform=Transform(16))
+    assert torch.equal(b[5]['draw'], draws_of(3, positions(5, 8)))
+    alone = batches(toy, transform=Transform(16), fields=('views',))[5]
+    assert torch.equal(alone['views'], b[5]['views']) and set(alone) == {'views', 'draw', 'valid'}
+    x = b[5]['image']
+    assert not torch.equal(x, b[5]['views'][:, 0]) and not torch.equal(b[5]['views'][:, 0], b[5]['views'][:, 1])
+    sample = b.source.read(b.sequence[positions(5, 8)[2]])
+    u = keyed_uniform(b[5]['draw'], 'crop', 22)[2].tolist()
+    assert np.array_equal(decode(sample['image'], b.transform, u), x[2].permute(1, 2, 0).numpy())
 
 
 def test_resume_with_another_world_consumes_the_same_samples(toy):
@@ -117,15 +130,33 @@ def damage(toy, out, every, how=lambda n: bytes(n)):
 
 
 @pytest.mark.parametrize('how', [bytes, os.urandom, lambda n: b'<html>'.ljust(n)], ids=['zeros', 'noise', 'html'])
-def test_corrupt_images_are_replaced_and_counted(toy, tmp_path, how):
-    bad = damage(toy, tmp_path / 'bad', 15, how); b = batches(bad, B=20, transform=Transform(16))
-    rows = [b[s] for s in range(5)]
-    assert all(r['image'].shape == (20, 3, 16, 16) for r in rows)
-    assert sum(int(r['skipped'].sum()) for r in rows) == sum(b.skipped.counts.values()) >= 7
+def test_corrupt_images_are_masked_and_counted(toy, tmp_path, how):
+    bad = damage(toy, tmp_path / 'bad', 15, how)
+    b, whole = (batches(where, B=20, transform=Transform(16), limit=0.5) for where in (bad, toy))
+    broken = {30 * s + k for s in range(4) for k in (0, 15)} - {115, 105}
+    n = 0
+    for step in range(5):
+        x, y = b[step], whole[step]
+        lost = torch.tensor([b.sequence[p] in broken for p in positions(step, 20)])
+        assert torch.equal(x['valid'], ~lost) and y['valid'].all()
+        for k in ('image', 'text', 'label', 'views'):
+            assert torch.equal(x[k][~lost], y[k][~lost]), 'the others do not notice'
+            assert not x[k][lost].any(), 'zeros, and an empty caption'
+        n += int(lost.sum())
+    assert n == sum(b.skipped.counts.values()) == 7
     assert {where for where, _ in b.skipped.counts} == {p.name for p in toy.glob('*.tar')}
-    broken = {30 * s + k for s in range(4) for k in (0, 15)}
-    assert not broken & {int(x) for r in rows for x in r['label']}
-    assert all(same(x, y) for x, y in zip(rows, loader(batches(bad, B=20, transform=Transform(16)), 0, 5, workers=2)))
+    again = loader(batches(bad, B=20, transform=Transform(16), limit=0.5), 0, 5, workers=2)
+    assert all(same(x, y) for x, y in zip((b[s] for s in range(5)), again))
+
+
+def test_what_was_skipped_can_be_said(toy, tmp_path):
+    "Finding 4: nine of a hundred samples were corrupt and nobody heard of it."
+    b = batches(damage(toy, tmp_path / 'bad', 15), transform=Transform(16), limit=0.5)
+    assert b.skipped.news() == ''
+    for _ in loader(b, 0, 12): pass
+    lost, line = sum(b.skipped.counts.values()), b.skipped.news()
+    assert lost >= 6 and line.startswith(f'{lost} of 96 samples could not be read') and '000000.tar (not an image, ' in line and ' 1 more' in line and '\n' not in line
+    assert b.skipped.news() == '' and b.skipped.rows == 96
 
 
 def test_counts_come_home_from_workers(toy, tmp_path):
@@ -145,21 +176,33 @@ def test_too_much_damage_ends_with_one_line(toy, tmp_path, workers):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_nothing_readable_ends_at_once(toy, tmp_path, workers):
     bad = damage(toy, tmp_path / 'bad', 1)
-    with pytest.raises(UserError, match='64 samples in a row cannot be read.*not an image') as e:
+    with pytest.raises(UserError, match='64 samples in a row cannot be read, the last one in .*not an image') as e:
         list(loader(batches(bad, transform=Transform(16)), 0, 500, workers=workers))
     assert '\n' not in str(e.value)
 
 
-def test_missing_label_in_one_sample_is_counted(tmp_path):
-    rows = list(samples(20)); rows[7] = (*rows[7][:3], {})
+def test_missing_label_in_one_sample_is_masked_and_counted(tmp_path):
+    rows = list(samples(20)); rows[7] = (*rows[7][:3], {}); rows[8] = (*rows[8][:3], {'label': 'eight'})
     write_shards(rows, tmp_path / 'x'); b = batches(tmp_path / 'x', B=10, transform=Transform(16))
-    assert 7 not in [int(x) for s in range(2) for x in b[s]['label']]
-    assert dict(b.skipped.counts) == {('000000.tar', "json lacks 'label'"): 1}
+    for step in range(2):
+        batch, lost = b[step], torch.tensor([b.sequence[p] in (7, 8) for p in positions(step, 10)])
+        assert torch.equal(batch['valid'], ~lost) and not any(batch[k][lost].any() for k in ('image', 'text', 'label', 'views'))
+    assert dict(b.skipped.counts) == {('000000.tar', "json lacks 'label'"): 1, ('000000.tar', 'label is no whole number'): 1}
+
+
+def test_labels_that_nobody_needs_may_be_missing(toy, tmp_path):
+    "Finding 5: a labelled and an unlabelled tar together."
+    write_shards([(f'u{k}', jpg, text, {}) for k, (_, jpg, text, _) in enumerate(samples(30))], tmp_path / 'unlabelled')
+    both = f'{toy}::{tmp_path}/unlabelled'
+    b = batches(both, B=26, fields=('image', 'text'))
+    assert all(x['valid'].all() and set(x) == {'image', 'text', 'draw', 'valid'} for x in loader(b, 0, 5)) and len(b.source) == 130
+    with pytest.raises(UserError, match="the field 'label' cannot be made: the samples of .*unlabelled lack 'label'; they have image, text$"): batches(tmp_path / 'unlabelled')
 
 
 def test_string_keys_stay_behind(tmp_path):
     write_shards(samples(4, key='000000001'), tmp_path / 'x')
-    assert set(batches(tmp_path / 'x', B=2, transform=Transform(16))[0]) == {'image', 'text', 'label', 'skipped'}
+    assert Shards(tmp_path / 'x').fields == ('image', 'text', 'label')
+    with pytest.raises(UserError, match="the field 'key' cannot be made"): batches(tmp_path / 'x', B=2, fields=('image', 'key'))
 
 
 class Sleepy(Source):
@@ -181,7 +224,7 @@ def test_csv_paths_that_are_missing_are_counted(tmp_path):
     for i in range(6): (tmp_path / f'{i}.jpg').write_bytes(jpeg(picture(i)))
     (tmp_path / 'a.csv').write_text('filepath,title\n' + ''.join(f'{i}.jpg,"caption, {i}"\n' for i in range(7)))
     b = Batches(Csv(tmp_path / 'a.csv'), tokens, Transform(16), 7, context_length=12)
-    b[0]
+    assert b[0]['valid'].tolist() == [b.sequence[p] != 6 for p in range(7)]
     assert dict(b.skipped.counts) == {('a.csv', 'file is missing'): 1} and Csv(tmp_path / 'a.csv').read(3)['text'] == 'caption, 3'
     assert isinstance(open_pairs(tmp_path / 'a.csv'), Csv)
 
@@ -195,8 +238,8 @@ def test_hub_set():
     datasets = pytest.importorskip('datasets')
     rows = datasets.Dataset.from_dict({'image': [{'bytes': jpeg(picture(i)), 'path': None} for i in range(4)], 'caption': [[f'a{i}', f'b{i}'] for i in range(4)], 'label': list(range(4))})
     rows = rows.cast_column('image', datasets.Image())
-    with pytest.raises(UserError, match="no column 'text': it has image, caption, label"): HubSet(rows)
-    b = Batches(HubSet(rows, text='caption'), tokens, Transform(16), 4, context_length=2)
+    with pytest.raises(UserError, match="no column 'text': it has image, caption, label; needed are 'image'"): HubSet(rows)
+    b = Batches(HubSet(rows, text='caption'), tokens, Transform(16), 4, context_length=2, fields=('image', 'text', 'label'))
     said = {bytes(t.tolist()).decode()[0] for s in range(10) for t in b[s]['text']}
     assert said == {'a', 'b'} and set(b[0]['label'].tolist()) == {0, 1, 2, 3}
 
@@ -207,7 +250,7 @@ def test_the_limit_is_a_share_of_a_batch_larger_than_the_window():
     one = [('a.tar', 'not an image')]
     Skips().add(one * 101, 8192); Skips().add(one * 163, 8192)
     for bad, rows in ((101, 128), (1000, 8192)):
-        with pytest.raises(UserError, match=f'{bad} of the last {rows + bad} samples cannot be read'): Skips().add(one * bad, rows)
+        with pytest.raises(UserError, match=f'{bad} of the last {rows} samples cannot be read'): Skips().add(one * bad, rows)
     nine = Skips()
     for _ in range(20): nine.add(one * 90, 900)
     assert sum(nine.counts.values()) == 1800
@@ -299,14 +342,9 @@ def test_damage_has_a_name():
 
 
 def test_one_of_several_captions():
-    assert _one_caption('a star', 0.9) == 'a star' and [_one_caption(['a', 'b', 'c'], u) for u in (0.1, 0.5, 0.9)] == ['a', 'b', 'c']
-
-
-def test_rows_that_cannot_be_read():
-    sequence, u = Endless(10, 0), [0.5] * 23
-    pixels, text, extras, skipped = read_row(Some(), sequence, 0, Transform(32), u, ['label'])
-    assert extras[0] % 2 == 1 and text == 'another' and skipped == [('Some', 'not an image')] * len(skipped)
-    with pytest.raises(UserError, match='10 samples in a row cannot be read, the last one in Some'): read_row(Some(), sequence, 0, Transform(32), u, ['key'])
+    assert one_caption('a star', 0.9) == 'a star' and [one_caption(['a', 'b', 'c'], u) for u in (0.1, 0.5, 0.9)] == ['a', 'b', 'c']
+    for nothing in (None, [], 7):
+        with pytest.raises(ValueError, match='no caption'): one_caption(nothing, 0.5)
 
 
 def test_the_worst_place_is_named():
@@ -316,15 +354,13 @@ def test_the_worst_place_is_named():
     with pytest.raises(UserError, match=r'most of them in b.tar \(file is missing, 101 times\)'): skips.add([('b.tar', 'file is missing')] * 101, 128)
 
 
-def test_integers_that_come_along(toy):
-    assert _extras(Some()) == _extras(Shards(toy)) == ['label']
-
-
 def test_a_users_error_leaves_a_worker_as_a_value():
-    b = Batches(Some(), tokens, Transform(32), 4, context_length=4); good = _Steps(b)[0]
-    b.extras = ['nothing']; error, skipped = _Steps(b)[0]
-    assert isinstance(error, UserError) and skipped == [] and good[0]['text'].shape == (4, 4)
-    with pytest.raises(UserError, match='10 samples in a row cannot be read'): list(loader(b, 0, 2, workers=1))
+    def complain(samples, batches, draw_b): raise UserError('this tokenizer has no such word')
+    b = Batches(Some(), tokens, Transform(32), 4, context_length=4, limit=1.); good, lost = _Steps(b)[0]
+    assert good['text'].shape == (4, 4) and lost == [('Some', 'not an image')] * int((~good['valid']).sum())
+    b.makers['text'] = complain; error, skipped = _Steps(b)[0]
+    assert isinstance(error, UserError) and skipped == []
+    with pytest.raises(UserError, match='^this tokenizer has no such word$'): list(loader(b, 0, 2, workers=1))
 
 
 def test_workers_have_one_thread_and_steps_keep_their_order(toy):
@@ -338,7 +374,7 @@ def test_workers_have_one_thread_and_steps_keep_their_order(toy):
 def test_folders_tables_and_classes(tmp_path):
     for i in range(3): (tmp_path / f'{i}.jpg').write_bytes(jpeg(picture(i))); (tmp_path / f"{i}.{'TXT' if i else 'txt'}").write_text(f'caption {i}\n')
     assert [(p.name, t.name, j) for p, t, j in _pairs(tmp_path)] == [('0.jpg', '0.txt', None), ('1.jpg', '1.TXT', None), ('2.jpg', '2.TXT', None)]
-    assert [p.name for p in _pictures(tmp_path)] == ['0.jpg', '1.jpg', '2.jpg'] and _extras(Folder(tmp_path)) == []
+    assert [p.name for p in _pictures(tmp_path)] == ['0.jpg', '1.jpg', '2.jpg'] and Folder(tmp_path).fields == ('image', 'text')
     with pytest.raises(UserError, match='holds no folder with images'): ClassFolders(tmp_path)
     (tmp_path / 'a.csv').write_text('filepath,title\na.jpg,"a star, red"\n')
     (tmp_path / 'a.tsv').write_text('filepath\ttitle\tlabel\n0.jpg\tx\t0\n1.jpg\ty\t1\n')
@@ -373,3 +409,204 @@ def test_filters_are_asked_in_turn(toy):
     assert len(survivors) == 5 and counts == {'few': 90, 'low': 5} and apply_filters(rows[:1], []) == (rows[:1], {})
     kept, counts = filtered(Shards(toy), [few, low])
     assert kept.ids.tolist() == [0, 1, 2, 3, 4] and counts == {'readable': 0, 'few': 90, 'low': 5}
+
+
+# ---- fields ----
+
+class Scene(Source):
+    "Pictures of two boxes with names; sample 3 has none, sample 5 has one too many, sample 6 is not told what they are."
+    n = 8
+    def read(self, i):
+        boxes = {3: [], 5: [[0.5, 0.5, 0.1, 0.1], [0.25, 0.5, 0.5, 1.], [0.75, 0.5, 0.5, 1.]]}.get(i, [[0.25, 0.5, 0.5, 1.], [0.75, 0.5, 0.5, 1.]])
+        names = ['left', 'right'] if len(boxes) == 2 else ['', 'left', 'right'][:len(boxes)]
+        meta = {'boxes': boxes, 'box_text': names, 'prompt': 'where?', 'answer': 'here', 'lang': 'en', 'key': i, 'height': 2.5, 'seen': True, 'url': 'x'}
+        if i == 6: meta.pop('box_text')
+        return {'image': jpeg(picture(i, 40, 80)), 'text': ['one', 'two', 'three'], 'json': meta, 'key': str(i)}
+
+
+def test_what_the_first_samples_have():
+    assert Scene().fields == Subset(Scene(), [3, 1]).fields == ('image', 'text', 'boxes', 'box_text', 'prompt', 'answer', 'lang', 'key')
+    check_needs(('image', 'views', 'caption', 'boxes', 'n_boxes', 'box_text', 'prompt', 'answer', 'key', 'draw', 'valid'), Scene())
+    with pytest.raises(UserError, match="'label' cannot be made: the samples of Scene lack 'label'; they have image, text, boxes"): check_needs(('label',), Scene())
+    with pytest.raises(UserError, match="nothing makes the field 'depth': known are image, .*makers"): check_needs(('depth',), Scene())
+    check_needs(('depth',), Scene(), {'depth': lambda samples, batches, draw_b: draw_b})
+    with pytest.raises(UserError, match="'deep' cannot be made: the samples of Scene lack 'depth'"): check_needs(('deep',), Scene(), {'deep': looks_at('depth')(lambda *a: a)})
+
+
+def test_nothing_readable_at_all():
+    class Closed(Source):
+        n = 100
+        def read(self, i): raise OSError('permission denied 17')
+    with pytest.raises(UserError, match=r'none of the first samples of Closed can be read \(permission denied\)'): Closed().fields
+
+
+def scenes_of(fields, **more): return Batches(Scene(), tokens, more.pop('transform', Transform(20)), 8, seed=1, context_length=6, fields=fields, limit=1., **more)
+
+
+def test_boxes_names_and_their_number():
+    b = scenes_of(('boxes', 'n_boxes', 'box_text'), transform=Transform(20, scale=(1., 1.)), max_boxes=2); x = b[0]
+    at = {b.sequence[p]: k for k, p in enumerate(positions(0, 8))}
+    assert x['boxes'].shape == (8, 2, 4) and x['box_text'].shape == (8, 2, 6) and x['boxes'].dtype == torch.float32
+    assert x['valid'].tolist() == [i != 6 for i in (b.sequence[p] for p in range(8))] and dict(b.skipped.counts) == {('Scene', "json lacks 'box_text'"): 1}
+    assert x['n_boxes'][[at[0], at[3], at[5], at[6]]].tolist() == [2, 0, 2, 0]
+    said = [[bytes(r.tolist()).decode().strip('\0') for r in row] for row in x['box_text']]
+    assert (said[at[0]], said[at[3]], said[at[5]], said[at[6]]) == (['left', 'right'], ['', ''], ['left', 'right'], ['', '']), 'the largest are kept, in their order'
+    side = Transform(20, scale=(1., 1.)).ratio[1] * 40
+    assert torch.allclose(x['boxes'][at[0]], torch.tensor([[0.25, 0.5, 0.5, 1.], [0.75, 0.5, 0.5, 1.]])), 'the centred crop shows half of each'
+    assert not x['boxes'][at[3]].any() and 40 < side < 80
+    assert scenes_of(('boxes',))[0]['boxes'].shape == (8, 3, 4)
+
+
+def test_boxes_stay_on_their_pixels():
+    "The left half is black and the right one white: wherever the crop is, the boxes end where the colour changes."
+    class Halves(Scene):
+        def read(self, i): return dict(super().read(0), image=as_file(Image.fromarray(np.repeat(np.array([[[0], [255]]], np.uint8), 40, 1).repeat(40, 0).repeat(3, 2)), 'png'))
+    x = Batches(Halves(), tokens, Transform(64), 8, context_length=6, fields=('image', 'boxes', 'n_boxes'))
+    x = {k: torch.cat([batch[k] for batch in loader(x, 0, 8)]) for k in ('image', 'boxes', 'n_boxes')}
+    both = x['n_boxes'] == 2
+    edge = (x['image'].float().mean((1, 2)) < 127.5).float().mean(1)
+    right_of_left = x['boxes'][:, 0, 0] + x['boxes'][:, 0, 2] / 2
+    assert both.sum() > 10 and (edge[both] - right_of_left[both]).abs().max() < 1.5 / 64 and edge[both].std() > 0.05
+
+
+def test_texts_of_all_kinds():
+    b = scenes_of(('text', 'caption', 'prompt', 'answer', 'key'), strategy='shuffle'); x = b[0]
+    read = lambda row: bytes(row.tolist()).decode().strip('\0')
+    assert {read(r) for r in x['prompt']} == {'where?'} and {read(r) for r in x['answer']} == {'here'}
+    assert x['key'].tolist() == [b.sequence[p] for p in range(8)]
+    drawn = keyed_uniform(x['draw'], 'caption', 1)[:, 0].tolist()
+    captions = [['one', 'two', 'three'][int(3 * u)] for u in drawn]
+    assert [read(r) for r in x['caption']] == captions and len(set(captions)) > 1
+    assert [sorted(r.tolist()) for r in x['text']] == [sorted(r.tolist()) for r in x['caption']] and not torch.equal(x['text'], x['caption'])
+
+
+def test_a_field_of_ones_own():
+    def sizes(samples, batches, draw_b): return torch.tensor([s.size if s else (0, 0) for s in samples])
+    def picky(samples, batches, draw_b):
+        if any(s and s.row['json']['key'] == 2 for s in samples): raise ValueError('two is too much')
+        return torch.ones(len(samples))
+    b = scenes_of(('image', 'sizes', 'picky'), makers=dict(sizes=sizes, picky=picky)); x = b[0]
+    two = torch.tensor([b.sequence[p] == 2 for p in range(8)])
+    assert torch.equal(x['valid'], ~two) and dict(b.skipped.counts) == {('Scene', 'two is too much'): 1}
+    assert x['sizes'].tolist() == [[0, 0] if t else [80, 40] for t in two] and not x['image'][two].any()
+
+
+@pytest.mark.parametrize('wrong', [NameError, AttributeError, UserError])
+def test_a_makers_mistake_is_not_the_samples(wrong):
+    def broken(samples, batches, draw_b): raise wrong('a slip')
+    with pytest.raises(wrong, match='a slip'): scenes_of(('image', 'mine'), makers=dict(mine=broken))[0]
+
+
+def test_a_maker_that_fails_only_on_many_is_not_hidden():
+    def broken(samples, batches, draw_b):
+        if len(samples) > 1: raise ValueError('shapes')
+        return torch.ones(1)
+    with pytest.raises(ValueError, match='shapes'): scenes_of(('image', 'mine'), makers=dict(mine=broken))[0]
+
+
+def test_only_what_is_looked_at_is_decoded():
+    class Words(Scene):
+        def read(self, i): return dict(super().read(i), image=b'no picture')
+    x = Batches(Words(), tokens, Transform(16), 8, context_length=6, fields=('text', 'key'))[0]
+    assert x['valid'].all() and set(x) == {'text', 'key', 'draw', 'valid'}
+
+
+def test_a_source_keeps_its_rows():
+    "A source may hand out what it holds in memory."
+    held = [Scene().read(i) for i in range(8)]
+    class Held(Scene):
+        def read(self, i): return held[i]
+    Batches(Held(), tokens, Transform(16), 8, context_length=6)[0]
+    assert all('image' in row for row in held)
+
+
+@pytest.mark.parametrize('B, warned', [(8, 0), (9, 1)])
+def test_a_batch_larger_than_the_data(B, warned):
+    import warnings
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always'); Batches(Scene(), tokens, Transform(16), B, context_length=6)
+    assert len(seen) == warned and all('Scene has 8 samples for batches of 9' in str(w.message) for w in seen)
+
+
+# ---- what an engineer tries first ----
+
+@pytest.mark.parametrize('name, says', [
+    ('a.parquet', 'a .parquet file is not read: give tar shards'), ('a.jsonl', 'a .jsonl file is not read'), ('a.csv.gz', 'a .csv.gz file is not read'),
+    ('a.tar.gz', r'a compressed tar \(.tar.gz\).*unpack it'), ('a.TGZ', 'a compressed tar'), ('s3://bucket/{000..009}.tar', 's3:// is not read, only local files'),
+    ('http://x/y.tar', 'http:// is not read'), ('https://x/a.csv', 'https:// is not read'), ('gs://x', 'gs:// is not read'),
+    ('pipe:aws s3 cp s3://b/{0..9}.tar -', 'pipe: is not read'), ('nothing', 'matches no tar file: give tar shards .*table.*hub:NAME')])
+@pytest.mark.parametrize('opened', [open_pairs, check_pairs, Shards, lambda where: PairData(path=where).open(), lambda where: PairData().check(where)], ids=['open', 'check', 'Shards', 'data', 'dry'])
+def test_what_is_not_read_is_refused_by_name(tmp_path, monkeypatch, name, says, opened):
+    monkeypatch.chdir(tmp_path)
+    if ':' not in name and name != 'nothing': (tmp_path / name).write_bytes(b'x')
+    with pytest.raises(UserError, match=says) as e: opened(name)
+    assert '\n' not in str(e.value)
+
+
+def test_two_tables_are_not_joined(tmp_path):
+    with pytest.raises(UserError, match='b.csv: a table cannot be joined'): open_pairs([str(tmp_path / 'b.csv'), 'x'])
+
+
+@pytest.mark.parametrize('name, mark', [('a.csv', '\ufeff'), ('A.CSV', ''), ('a.Tsv', '\ufeff')])
+def test_tables_from_excel(tmp_path, name, mark):
+    (tmp_path / '1.jpg').write_bytes(jpeg(picture(1))); between = '\t' if name[-3] == 'T' else ','
+    (tmp_path / name).write_text(mark + f'filepath{between}title\n1.jpg{between}a caf\u00e9\n', encoding='utf-8')
+    for opened in (open_pairs, PairData().open):
+        s = opened(tmp_path / name)
+        assert isinstance(s, Csv) and s.read(0)['text'] == 'a caf\u00e9' and s.read(0)['image'] == jpeg(picture(1))
+
+
+def test_tables_that_are_no_text_or_lack_columns(tmp_path):
+    (tmp_path / 'a.csv').write_bytes('filepath,title\n1.jpg,x\n'.encode('utf-16'))
+    with pytest.raises(UserError, match='no table of text in UTF-8 .*save it as "CSV UTF-8"'): open_pairs(tmp_path / 'a.csv')
+    (tmp_path / 'b.csv').write_text('url,caption\n')
+    (tmp_path / 'c.csv').write_text('url,caption\nx,y\n')
+    with pytest.raises(UserError, match=r"it has url, caption; needed are 'filepath' \(paths of pictures\) and 'title' \(captions\)"): open_pairs(tmp_path / 'c.csv')
+    with pytest.raises(UserError, match="it has no rows; needed are 'filepath'"): open_pairs(tmp_path / 'b.csv')
+
+
+def test_paths_of_a_table_from_either_place(tmp_path, monkeypatch):
+    for folder, i in (('tables', 1), ('runs', 2)): (tmp_path / folder).mkdir(); (tmp_path / folder / 'own.jpg').write_bytes(jpeg(picture(i)))
+    (tmp_path / 'runs' / 'there.jpg').write_bytes(jpeg(picture(3)))
+    (tmp_path / 'tables' / 'a.csv').write_text(f'filepath,title\nown.jpg,beside the table first\nthere.jpg,then here\n{tmp_path}/runs/own.jpg,absolute\nnone.jpg,nowhere\n')
+    monkeypatch.chdir(tmp_path / 'runs')
+    s = Csv('../tables/a.csv'); monkeypatch.chdir(tmp_path / 'tables')
+    assert [s.read(i)['image'] for i in range(3)] == [jpeg(picture(i)) for i in (1, 3, 2)]
+    with pytest.raises(FileNotFoundError): s.read(3)
+
+
+def test_a_set_that_was_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    rows = datasets.Dataset.from_dict({'image': [{'bytes': jpeg(picture(i)), 'path': None} for i in range(4)], 'text': [f'a{i}' for i in range(4)], 'label': list(range(4))})
+    rows.cast_column('image', datasets.Image()).save_to_disk(tmp_path / 'one')
+    datasets.DatasetDict(train=rows, val=rows.select([0])).save_to_disk(tmp_path / 'splits')
+    for where, n in ((tmp_path / 'one', 4), (tmp_path / 'splits', 4), (tmp_path / 'splits' / 'val', 1)):
+        s = PairData(path=str(where)).open(); check_pairs(where)
+        assert (type(s), len(s), s.read(0)['text'], s.read(0)['image'], s.fields) == (HubSet, n, 'a0', jpeg(picture(0)), ('image', 'text', 'label'))
+    with pytest.raises(UserError, match="splits has no split 'test': it has train, val"): HubSet(tmp_path / 'splits', split='test')
+    (tmp_path / 'torn').mkdir(); (tmp_path / 'torn' / 'state.json').write_text('{')
+    with pytest.raises(UserError, match='torn.* cannot be loaded') as e: open_pairs(tmp_path / 'torn')
+    assert '\n' not in str(e.value)
+
+
+def test_data_as_a_configuration(toy):
+    assert PairData.from_json(PairData(name='own', n=100, path='x').to_json()) == PairData(name='own', n=100, path='x') and PairData().makers() == {}
+    with pytest.raises(UserError, match='no training data: give --train-data .*tar shards.*table.*hub:NAME'): PairData().open()
+    assert len(PairData(path='nowhere').open(str(toy), folder=None, seed=3)) == len(PairData(path=str(toy)).open()) == 100
+    PairData(path=str(toy)).check()
+    with pytest.raises(UserError, match='matches no tar file'): PairData().check('nowhere')
+
+
+def test_a_check_looks_into_the_first_shard_only(toy, tmp_path):
+    (tmp_path / 'x').mkdir(); (tmp_path / 'x' / '0.tar').write_bytes((toy / '000000.tar').read_bytes()); (tmp_path / 'x' / '1.tar').write_bytes(b'no tar')
+    check_pairs(tmp_path / 'x'); (tmp_path / 'x' / '0.tar').write_bytes(b'no tar')
+    with pytest.raises(UserError, match='0.tar is not a tar file'): check_pairs(tmp_path / 'x')
+
+
+def test_captions_to_learn_from(toy, tmp_path):
+    "Finding 12: one bad json, one missing picture."
+    assert captions_of(Torn()) == ['x' * i for i in range(20) if i != 7]
+    assert captions_of(Shards(toy), 4) == [f'caption number {i}' for i in (0, 25, 50, 75)]
+    assert captions_of(Some(), 2) == ['one', 'another'] * 2
+    (tmp_path / 'a.csv').write_text('filepath,title\n1.jpg,x\n')
+    with pytest.raises(UserError, match='none of 1 samples of .*a.csv has a caption'): captions_of(Csv(tmp_path / 'a.csv'))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from clipa_nb import infonce
 from clipa_nb.core import LOCAL, UserError, generator
 from clipa_nb.distributed_trainer import Ranks, spawn
-from clipa_nb.infonce import Contrastive, Sigmoid, auto_chunk, clamp_scale, contrastive, info_nce, sigmoid_loss, targets
+from clipa_nb.infonce import OBJECTIVES, Contrastive, ContrastiveConfig, Objective, ObjectiveConfig, Sigmoid, SigmoidConfig, auto_chunk, clamp_scale, contrastive, info_nce, row_mean, sigmoid_loss, targets
 
 E = 5
 close = dict(rtol=1e-12, atol=1e-12)
@@ -26,7 +26,7 @@ def found(image, text, form, key=None, comm=LOCAL, scale=100.):
     form = dict(form); bias, keyed = form.pop('bias', None), form.pop('key', False)
     x = [v.detach().clone().requires_grad_() for v in (image, text)]
     numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (scale, bias) if v is not None]
-    out = (info_nce if bias is None else sigmoid_loss)(*x, *numbers, key=key if keyed else None, comm=comm, check=True, **form)
+    out = (info_nce if bias is None else sigmoid_loss)(*x, *numbers, key=key if keyed else None, comm=comm, **dict(dict(check=True), **form))
     out['loss'].backward()
     return torch.stack([v.detach() for v in out.values()]), [v.grad for v in x], [v.grad for v in numbers]
 
@@ -157,7 +157,7 @@ def test_tiles_cover_the_matrix_once_row_by_row(n, m, chunk):
     five, one = (torch.tensor(v, dtype=torch.float64) for v in (5., 1.))
     a, b = (torch.randn(k, 3, dtype=torch.float64, generator=generator(0, s)) for k, s in ((n, 'a'), (m, 'b')))
     seen, again, corners = torch.zeros(n, m), torch.zeros(n, m, dtype=torch.float64), []
-    for rows, cols, s_hw in infonce._similarities(a, b, five, chunk, one):
+    for rows, cols, s_hw in infonce._similarities(a, b, five, chunk, infonce._Targets(n, None, LOCAL), one):
         seen[rows, cols] += 1; again[rows, cols] = s_hw; corners.append((rows.start, cols.start))
         assert (rows.stop - rows.start, cols.stop - cols.start) == s_hw.shape
     assert (seen == 1).all() and corners == sorted(corners)
@@ -168,7 +168,7 @@ def merged(comm):
     right = infonce._Targets(len(rows), None, comm)
     _, of_cols = infonce._statistics(rows, AXES, five, right, 3)
     infonce._merge_columns(of_cols, right, comm)
-    return of_cols.losses()[right.offset:right.offset + len(rows)]
+    return of_cols.losses()[right.own]
 
 def test_ranks_merge_the_sums_of_their_columns():
     torch.testing.assert_close(torch.cat(spawn(merged, 2)), torch.tensor(BY_COLS, dtype=torch.float64), **close)
@@ -182,7 +182,7 @@ def test_the_way_back_in_tiles_is_that_of_the_plain_form():
     torch.testing.assert_close(slope(slice(0, 4), slice(0, 4), 5 * HAND) / 4, leaf.grad, **close)
     image, text, scale = (v.clone().requires_grad_() for v in (HAND, AXES, five))
     info_nce(image, text, scale)['loss'].backward()
-    d_image, d_text, d_scale, d_bias = infonce._pull(HAND, AXES, five, 3, slope, LOCAL)
+    d_image, d_text, d_scale, d_bias = infonce._pull(HAND, AXES, five, 3, slope, right, LOCAL)
     for got, want in ((d_image, image), (d_text, text), (d_scale, scale)): torch.testing.assert_close(got, want.grad, **close)
     assert d_bias is None
 
@@ -389,6 +389,113 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(ranks):
         joined = torch.stack([p[0] for p in parts]).mean(0), [torch.cat(x) / ranks for x in zip(*(p[1] for p in parts))], [torch.stack(x).mean(0) for x in zip(*(p[2] for p in parts))]
         same(joined, alone[name])
 
+VALID = { # which of twelve rows count: on 2 and 4 ranks some, all or none of a rank's
+    'all': range(12), 'one of each three': (0, 3, 6, 9), 'uneven': (0, 1, 2, 3, 5, 10), 'none on the first half': (6, 7, 8, 11), 'none on the last quarter': (0, 1, 2, 3, 6, 7, 8), 'one': (5,)}
+SHARED_KEYS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 4, 5, 6, 0])
+
+def with_invalid(comm):
+    "Loss and gradients of every form and pattern; what does not count is long, and belongs to keys that others have."
+    out = {}
+    for pattern, rows in VALID.items():
+        counts = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.tensor(rows), True)
+        image, text = (torch.where(counts[:, None], x, 7 * x) for x in features(12))
+        for name, form in FORMS.items(): out[name, pattern] = found(share(image, comm), share(text, comm), dict(form, valid=share(counts, comm)), share(SHARED_KEYS, comm), comm, scale=20.)
+    return out
+
+def gathered(parts, ranks):
+    return torch.stack([p[0] for p in parts]).mean(0), [torch.cat(x) / ranks for x in zip(*(p[1] for p in parts))], [torch.stack(x).mean(0) for x in zip(*(p[2] for p in parts))]
+
+@pytest.mark.parametrize('ranks', [1, 2, 4])
+def test_rows_that_do_not_count_are_as_if_they_were_not_there(ranks):
+    together = spawn(with_invalid, ranks)
+    for pattern, rows in VALID.items():
+        rows, (image, text) = torch.tensor(rows), features(12)
+        for name, form in FORMS.items():
+            loss, grads, numbers = gathered([r[name, pattern] for r in together], ranks)
+            want = found(image[rows], text[rows], form, SHARED_KEYS[rows], scale=20.)
+            same((loss, [g[rows] for g in grads], numbers), want)
+            rest = torch.ones(12, dtype=torch.bool).index_fill(0, rows, False)
+            assert all((g[rest] == 0).all() for g in grads), (name, pattern) # they learn nothing either, to the last bit
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_no_row_that_counts_costs_nothing(ranks):
+    def none_at_all(comm):
+        image, text = features(12)
+        return {name: found(share(image, comm), share(text, comm), dict(form, valid=torch.zeros(12 // comm.size, dtype=torch.bool)), share(SHARED_KEYS, comm), comm) for name, form in FORMS.items()}
+    for rank in spawn(none_at_all, ranks):
+        for name, (loss, grads, numbers) in rank.items(): assert all((v == 0).all() for v in (loss, *grads, *numbers)), name
+
+@pytest.mark.parametrize('form', FORMS)
+def test_all_rows_count_to_the_last_digit(form):
+    x = [v.float() for v in features(33)]
+    told, untold = (found(*x, dict(FORMS[form], **more), torch.arange(33) // 3) for more in (dict(valid=torch.ones(33, dtype=torch.bool)), {}))
+    for p, q in zip((told[0], *told[1], *told[2]), (untold[0], *untold[1], *untold[2])):
+        if 'smoothed' in form: torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6) # a mean is taken as a product with shares
+        else: assert torch.equal(p, q)
+
+@pytest.mark.parametrize('kind', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('wide', [False, True])
+def test_rows_that_do_not_count_in_low_precision(kind, wide, monkeypatch):
+    "Also where bf16 is multiplied as it is; what does not count may even be no number."
+    if wide:
+        mm = torch.mm
+        monkeypatch.setattr(infonce, 'widens', lambda kind: True)
+        monkeypatch.setattr(torch, 'mm', lambda a, b, out_dtype=None: mm(a, b) if out_dtype is None else mm(a.float(), b.float()))
+    image, text = features(33, dtype=kind); rows = torch.arange(0, 33, 2); key = torch.arange(33) // 3
+    counts = torch.zeros(33, dtype=torch.bool).index_fill(0, rows, True)
+    holed = [torch.where(counts[:, None], x, torch.nan) for x in (image, text)]
+    for name, form in FORMS.items():
+        got, want = found(*holed, dict(form, valid=counts), key, scale=10.), found(image[rows], text[rows], form, key[rows], scale=10.)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+        for p, q in zip(got[1], want[1]): torch.testing.assert_close(p[rows], q, rtol=2e-2, atol=2e-3 * q.abs().max().item())
+        assert all((g[1::2] == 0).all() for g in got[1]), name
+
+def test_rows_that_do_not_count_by_finite_differences():
+    image, text = (x.requires_grad_() for x in features(5)); counts, key = torch.tensor([True, False, True, True, False]), torch.tensor([0, 0, 0, 1, 1])
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3., -1.))
+    for chunk in (None, 2):
+        assert torch.autograd.gradcheck(lambda *x: tuple(info_nce(*x, key=key, valid=counts, chunk=chunk, label_smoothing=0.1).values()), (image, text, scale))
+        assert torch.autograd.gradcheck(lambda *x: tuple(sigmoid_loss(*x, key=key, valid=counts, chunk=chunk).values()), (image, text, scale, bias))
+
+@pytest.mark.parametrize('ranks', [1, 2, 4])
+def test_a_mean_over_rows_that_count(ranks):
+    def means(comm, rows):
+        loss = torch.arange(12, dtype=torch.float64).requires_grad_()
+        counts = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.tensor(rows, dtype=torch.int64), True)
+        out = row_mean(share(loss, comm), share(counts, comm), comm); out.backward()
+        return comm.all_sum(out.detach()) / comm.size, comm.all_sum(loss.grad) / comm.size
+    for rows in (*VALID.values(), ()):
+        mean, grad = spawn(means, ranks, rows)[0]
+        assert mean.item() == pytest.approx(sum(rows) / max(1, len(rows)), abs=1e-12)
+        torch.testing.assert_close(grad, torch.zeros(12, dtype=torch.float64).index_fill(0, torch.tensor(rows, dtype=torch.int64), 1 / max(1, len(rows))), **close)
+
+def test_a_mean_over_rows_refuses():
+    assert row_mean(torch.tensor([1., 3.])) == 2 and row_mean(torch.tensor([1., torch.nan]), torch.tensor([True, False])) == 1 and row_mean(torch.ones(3, dtype=torch.bfloat16)).dtype == torch.float32
+    for bad, words in ((torch.ones(2, 2), r'losses \(2, 2\) of torch.float32'), (torch.arange(2), 'of torch.int64'), ([1., 2.], 'losses list')):
+        with pytest.raises(UserError, match=words): row_mean(bad)
+    for bad in (torch.ones(3, dtype=torch.bool), torch.ones(2), [True, False]):
+        with pytest.raises(UserError, match='valid of'): row_mean(torch.ones(2), bad)
+
+class Counting(Ranks):
+    "Which collectives were called."
+    def __init__(self, comm): super().__init__(comm.rank, comm.size); self.names = []
+    def gather(self, x): self.names.append(f'gather {x.dtype}'); return super().gather(x)
+    def reduce_scatter(self, x): self.names.append('reduce_scatter'); return super().reduce_scatter(x)
+    def all_sum(self, x): self.names.append('all_sum'); return super().all_sum(x)
+    def all_max(self, x): self.names.append('all_max'); return super().all_max(x)
+
+def called(comm):
+    image, text = (share(x, comm) for x in features(12)); out = {}
+    for name, more in dict(bare={}, key=dict(key=share(SHARED_KEYS, comm)), valid=dict(valid=torch.ones(6) > 0), both=dict(key=share(SHARED_KEYS, comm), valid=torch.ones(6) > 0), check=dict(check=True)).items():
+        for form, chunk in dict(plain=None, streamed=3).items(): info_nce(image, text, 5., chunk=chunk, comm=(c := Counting(comm)), **more); out[name, form] = c.names
+    return out
+
+def test_a_step_makes_no_collective_that_the_loss_does_not_need():
+    names, f, i = spawn(called, 2)[0], 'gather torch.float64', 'gather torch.int64'
+    assert names['bare', 'plain'] == [f, f] and names['bare', 'streamed'] == [f, 'all_max', 'all_sum']
+    for more in ('key', 'valid', 'both', 'check'): assert names[more, 'plain'] == [i, f, f], more
+    assert names['valid', 'streamed'] == [i, f, 'all_max', 'all_sum'] and names['both', 'streamed'] == names['key', 'streamed'] == [i, f, 'all_max', 'all_sum', 'all_sum']
+
 class Deaf(Ranks):
     "A gather without gradient, as torch's own."
     def gather(self, x_b): return super().gather(x_b).detach()
@@ -417,17 +524,18 @@ def test_without_a_gradient_of_the_gather_only_the_streamed_form_stays_right():
 
 def refused(comm):
     "What every rank says, case by case; all of them would hang or abort if one rank went on alone."
-    x = F.normalize(torch.randn(6, E), dim=1); b = x[:3 + comm.rank]
+    x = F.normalize(torch.randn(6, E), dim=1); b, narrow = x[:3 + comm.rank], F.normalize(x[:, :3 + comm.rank], dim=1)
     one = comm.rank == 1
     cases = dict(
-        rows=lambda: info_nce(b, b, 1., comm=comm), rows_streamed=lambda: sigmoid_loss(b, b, 1., 0., comm=comm, chunk=2),
-        width=lambda: info_nce(x[:, :3 + comm.rank], x[:, :3 + comm.rank], 1., comm=comm),
-        sides=lambda: info_nce(x, x[:5] if one else x, 1., comm=comm), kind=lambda: info_nce(x.long() if one else x, x, 1., comm=comm),
-        double=lambda: info_nce(x.double() if one else x, x, 1., comm=comm), key=lambda: info_nce(x, x, 1., comm=comm, key=torch.arange(6) if one else None),
-        form=lambda: info_nce(x, x, 1., comm=comm, chunk=2 if one else None), smoothing=lambda: info_nce(x, x, 1., comm=comm, label_smoothing=0.1 * one),
-        chunk=lambda: info_nce(x, x, 1., comm=comm, chunk=-1 if one else 3), value=lambda: info_nce(torch.full_like(x, torch.nan) if one else x, x, 1., comm=comm, check=True),
-        listed=lambda: info_nce(x, x, 1., comm=comm, key=[0] * 6 if one else torch.arange(6)), arrays=lambda: info_nce(x.numpy() if one else x, x, 1., comm=comm), scales=lambda: sigmoid_loss(x, x, torch.ones(1 + comm.rank), 0., comm=comm),
-        empty=lambda: info_nce(x[:0] if one else x, x[:0] if one else x, 1., comm=comm), flat=lambda: info_nce(x[0] if one else x, x[0] if one else x, 1., comm=comm),
+        rows=lambda: info_nce(b, b, 1., comm=comm, check=True), rows_streamed=lambda: sigmoid_loss(b, b, 1., 0., comm=comm, check=True, chunk=2),
+        width=lambda: info_nce(narrow, narrow, 1., comm=comm, check=True),
+        sides=lambda: info_nce(x, x[:5] if one else x, 1., comm=comm, check=True), kind=lambda: info_nce(x.long() if one else x, x, 1., comm=comm, check=True),
+        double=lambda: info_nce(x.double() if one else x, x, 1., comm=comm, check=True), key=lambda: info_nce(x, x, 1., comm=comm, check=True, key=torch.arange(6) if one else None),
+        form=lambda: info_nce(x, x, 1., comm=comm, check=True, chunk=2 if one else None), smoothing=lambda: info_nce(x, x, 1., comm=comm, check=True, label_smoothing=0.1 * one),
+        chunk=lambda: info_nce(x, x, 1., comm=comm, check=True, chunk=-1 if one else 3), value=lambda: info_nce(torch.full_like(x, torch.nan) if one else x, x, 1., comm=comm, check=True),
+        listed=lambda: info_nce(x, x, 1., comm=comm, check=True, key=[0] * 6 if one else torch.arange(6)), arrays=lambda: info_nce(x.numpy() if one else x, x, 1., comm=comm, check=True), scales=lambda: sigmoid_loss(x, x, torch.ones(1 + comm.rank), 0., comm=comm, check=True),
+        valid=lambda: info_nce(x, x, 1., comm=comm, check=True, valid=torch.ones(6, dtype=torch.bool) if one else None), shares=lambda: sigmoid_loss(x, x, 1., 0., comm=comm, check=True, valid=torch.ones(6)[:5 + one] > 0),
+        empty=lambda: info_nce(x[:0] if one else x, x[:0] if one else x, 1., comm=comm, check=True), flat=lambda: info_nce(x[0] if one else x, x[0] if one else x, 1., comm=comm, check=True),
     )
     said = {}
     for name, call in cases.items():
@@ -437,7 +545,7 @@ def refused(comm):
 
 def test_ranks_that_differ_are_refused_together_and_named():
     (first, loss), (second, _) = spawn(refused, 2, timeout=60)
-    expected = dict(rows='b (rows): 3 on rank 0, 4 on rank 1', rows_streamed='b (rows): 3 on rank 0, 4 on rank 1', width='E (width): 3 on rank 0, 4 on rank 1', double='bits of a feature: 32 on rank 0, 64 on rank 1',
+    expected = dict(rows='rows: 3 on rank 0, 4 on rank 1', rows_streamed='rows: 3 on rank 0, 4 on rank 1', width='width: 3 on rank 0, 4 on rank 1', valid='having valid: 0 on rank 0, 1 on rank 1', double='bits of a feature: 32 on rank 0, 64 on rank 1',
                     key='having a key: 0 on rank 0, 1 on rank 1', form='streaming: 0 on rank 0, 1 on rank 1', smoothing='millionths of label smoothing: 0 on rank 0, 100000 on rank 1')
     for name, words in expected.items(): assert words in first[name] and first[name] == second[name]
     for name, words in dict(sides='(6, 5) and text features (5, 5)', kind='expected floating point', chunk='chunk -1', value='6 of 6 image features are not finite, first row 0', empty='(0, 5)', flat='(5,)', listed='key of type list', arrays='image features of type ndarray', scales='scale (2,)').items():
@@ -498,13 +606,14 @@ BAD = {
     'complex key': (dict(key=torch.arange(4) * 1j), 'complex64: expected 4 integers'), 'list as key': (dict(key=[0, 1, 2, 3]), 'key of type list: expected a tensor'), 'short list as key': (dict(key=[1, 2]), 'key of type list'),
     'array as key': (dict(key=torch.arange(4).numpy()), 'key of type ndarray'), 'lists': (dict(image=x.tolist()), 'image features of type list'), 'arrays': (dict(text=x.numpy()), 'text features of type ndarray'), 'complex': (dict(image=x * 1j), 'type torch.complex64'),
     'a truth': (dict(chunk=True), 'chunk True'), 'a width less': (dict(text=x[:, :2]), r'text features \(4, 2\)'), 'float key by text': (dict(key=x[:, 0]), r'key of shape \(4,\) and type torch.float32'),
-    'key by text': (dict(key=torch.zeros(4, 4, dtype=torch.int64)), r'key of shape \(4, 4\)'),
+    'key by text': (dict(key=torch.zeros(4, 4, dtype=torch.int64)), r'key of shape \(4, 4\)'), 'short valid': (dict(valid=torch.ones(3) > 0), r'valid of shape \(3,\) and type torch.bool: expected 4 booleans'),
+    'float valid': (dict(valid=torch.ones(4)), 'torch.float32: expected 4 booleans'), 'list as valid': (dict(valid=[True] * 4), 'valid of type list'),
 }
 
 @pytest.mark.parametrize('case', BAD)
 def test_bad_input_is_always_refused(case):
     change, words = BAD[case]
-    image, text, form = change.get('image', x), change.get('text', x), {k: v for k, v in change.items() if k in ('chunk', 'key')}
+    image, text, form = change.get('image', x), change.get('text', x), {k: v for k, v in change.items() if k in ('chunk', 'key', 'valid')}
     for call in (lambda: info_nce(image, text, 1., **form), lambda: sigmoid_loss(image, text, 1., 0., **form)):
         with pytest.raises(UserError, match=words): call()
 
@@ -516,13 +625,8 @@ def test_factors_are_numbers_or_tensors_of_one():
 
 @pytest.mark.parametrize('chunk', [None, 'auto', 64])
 def test_good_input_is_not_complained_about(chunk):
-    assert infonce._complaint(x, x.bfloat16(), torch.arange(4), chunk, scale=torch.ones(1), bias=-10, label_smoothing=0.1) == ''
+    assert infonce._complaint(x, x.bfloat16(), torch.arange(4), torch.ones(4) > 0, chunk, scale=torch.ones(1), bias=-10, label_smoothing=0.1) == ''
     assert infonce._complaint_about_values(x.bfloat16(), x) == ''
-
-def test_agreement_is_said_in_one_line():
-    with pytest.raises(UserError, match='no batch'): infonce._agree(('no batch', {}), LOCAL)
-    infonce._agree(('', {'b (rows)': 3}), LOCAL)
-    assert infonce._differ('E (width)', (512,) * 6 + (256,)) == 'ranks disagree on E (width): 512 on ranks 0, 1, 2, 3 and 2 more, 256 on rank 6; give every rank the same (drop or carry over the last partial batch)'
 
 def test_values_far_from_one_are_counted():
     long, holed = x.clone(), x.clone(); long[1:] *= 3; holed[2, 0] = torch.nan
@@ -542,6 +646,7 @@ def test_values_are_looked_at_on_request():
             with pytest.raises(UserError, match=words): call(check=True)
             call() # and no look without it
     info_nce(x.bfloat16(), x.bfloat16(), 1., check=True)
+    for bad, row in ((nan, 2), (long, 3)): info_nce(bad, x, 1., check=True, valid=torch.arange(4) != row) # what does not count is not looked at
     assert info_nce(nan, x, 1., chunk=2)['loss'].isnan() and info_nce(nan, x, 1.)['loss'].isnan()
 
 def test_label_smoothing_and_general_form_refuse():
@@ -569,13 +674,13 @@ def test_objectives():
     model = Pair(-10.)
     z = Contrastive().features(model, batch)
     torch.testing.assert_close(torch.stack([v.norm(dim=1) for v in z.values()]), torch.ones(2, 6))
-    out = Contrastive(use_key=True, label_smoothing=0.1).loss(z, model, batch)
+    out = Contrastive(key=True, label_smoothing=0.1).loss(z, model, batch)
     torch.testing.assert_close(out['loss'], info_nce(z['image'], z['text'], model.logit_scale.exp(), key=batch['key'], label_smoothing=0.1)['loss'])
-    out = Sigmoid(use_key=True).loss(z, model, batch)
+    out = Sigmoid(key=True).loss(z, model, batch)
     assert set(out) == {'loss', 'loss_positive', 'loss_negative', 'logit_scale', 'logit_bias'} and not out['logit_bias'].requires_grad
     out['loss'].backward()
     assert all(p.grad is not None for p in model.parameters())
-    for objective, m, data, words in ((Contrastive(use_key=True), model, {'image': 0}, "needs batches with a 'key'"), (Sigmoid(), Pair(), batch, 'needs a model with a logit_bias')):
+    for objective, m, data, words in ((Contrastive(key=True), model, {'image': 0}, "needs batches with a 'key'"), (Sigmoid(key=True), model, {'image': 0}, "needs batches with a 'key'")):
         with pytest.raises(UserError, match=words): objective.loss(z, m, data)
 
 class Learner(torch.nn.Module):
@@ -584,7 +689,7 @@ class Learner(torch.nn.Module):
         self.encode_image, self.encode_text, self.logit_scale = torch.nn.Linear(10, 6), torch.nn.Linear(8, 6), torch.nn.Parameter(torch.tensor(1 / 0.07).log())
         self.logit_bias = torch.nn.Parameter(torch.tensor(-10.))
 
-@pytest.mark.parametrize('objective, lr, floor, least', [(Contrastive(use_key=True), 0.02, math.log(2), 1.), (Sigmoid(), 0.05, 0., 0.5)])
+@pytest.mark.parametrize('objective, lr, floor, least', [(Contrastive(key=True), 0.02, math.log(2), 1.), (Sigmoid(), 0.05, 0., 0.5)])
 def test_objectives_learn_twelve_pairs_by_heart(objective, lr, floor, least):
     torch.manual_seed(0); model = Learner()
     batch = dict(image=torch.randn(12, 10), text=torch.randn(12, 8), key=torch.arange(12) // 2)
@@ -597,7 +702,42 @@ def test_objectives_learn_twelve_pairs_by_heart(objective, lr, floor, least):
     assert all(p.grad is not None for n, p in model.named_parameters() if n != 'logit_bias' or isinstance(objective, Sigmoid))
     with torch.autocast('cpu', torch.bfloat16): assert objective.features(model, batch)['image'].dtype == torch.float32
 
-def test_options_of_an_objective(): assert vars(Contrastive()) == dict(chunk='auto', use_key=False, label_smoothing=0., check=False) and Contrastive(use_key=True).use_key
+def test_configs_build_objectives():
+    built = OBJECTIVES['contrastive'](chunk=7, key=True, label_smoothing=0.1, check=True).build(Pair())
+    assert isinstance(built, Objective) and (built.chunk, built.key, built.label_smoothing, built.check) == (7, True, 0.1, True) and built.needs == ('image', 'text', 'key')
+    assert Contrastive().needs == ('image', 'text') and Contrastive().chunk == 'auto' and not list(Contrastive().parameters())
+    assert isinstance(SigmoidConfig().build(Pair(-10.)), Sigmoid) and SigmoidConfig(key=True).build(Pair(-10.)).needs == ('image', 'text', 'key')
+    with pytest.raises(UserError, match='a logit_bias, and this one has none: use model.init_bias=-10'): SigmoidConfig().build(Pair())
+    bare = Pair(); bare.logit_scale = None
+    for config in OBJECTIVES.values():
+        with pytest.raises(UserError, match='a logit_scale, and this one has none'): config().build(bare)
+        with pytest.raises(UserError, match='chunk 0: expected'): config(chunk=0)
+        for text, value in (('512', 512), ('auto', 'auto'), ('None', None)): assert config().set('chunk', text).chunk == value
+        for value in (512, 'auto', None): assert ObjectiveConfig.from_json(config(chunk=value).to_json()) == config(chunk=value)
+    with pytest.raises(UserError, match='label smoothing 1.0'): ContrastiveConfig(label_smoothing=1.)
+    with pytest.raises(NotImplementedError): ObjectiveConfig().build(Pair())
+    for call in (lambda: Objective().features(None, {}), lambda: Objective().loss({}, None, {})):
+        with pytest.raises(NotImplementedError): call()
+
+def test_draw_reaches_the_model():
+    "Through `embed` where the model has it, else through encoders that ask for it; a model of another make is not told."
+    seen = []
+    class Asking(Pair):
+        def encode_image(self, v, normalize=False, draw=None): seen.append(draw); return super().encode_image(v)
+    class Embedding(Pair):
+        def embed(self, batch): seen.append(batch['draw']); return dict(image=F.normalize(batch['image'], dim=1), text=F.normalize(batch['text'][:, :4], dim=1))
+    batch = dict(image=torch.randn(3, 4), text=torch.randn(3, E), draw=torch.arange(3))
+    for model in (Asking(), Embedding(), Pair()): Contrastive().features(model, batch)
+    assert len(seen) == 2 and all(d is batch['draw'] for d in seen)
+    Asking().encode_image(batch['image']); Contrastive().features(Asking(), {k: v for k, v in batch.items() if k != 'draw'})
+    assert seen[2:] == [None, None]
+
+@pytest.mark.parametrize('objective, model', [(Contrastive(chunk=None), Pair()), (Contrastive(chunk=2, key=True, label_smoothing=0.1), Pair()), (Sigmoid(chunk=2), Pair(-1.))])
+def test_objectives_pass_valid_on(objective, model):
+    torch.manual_seed(0); rows = torch.tensor([0, 2, 3, 5])
+    batch = dict(image=torch.randn(6, 4), text=torch.randn(6, E), key=torch.arange(6) // 2, valid=torch.zeros(6, dtype=torch.bool).index_fill(0, rows, True))
+    few = {k: v[rows] for k, v in batch.items() if k != 'valid'}
+    torch.testing.assert_close(*(objective.loss(objective.features(model, b), model, b)['loss'] for b in (batch, few)))
 
 def test_clamp_is_the_callers_choice():
     t = torch.nn.Parameter(torch.tensor([-1., 2.66, 9.])); clamp_scale(t)
@@ -705,10 +845,10 @@ def test_cuda_equals_cpu():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_is_never_waited_for():
-    image, text = (v.to('cuda', torch.bfloat16).requires_grad_() for v in features(33)); scale, bias, key = torch.tensor(9., device='cuda'), torch.tensor(-1., device='cuda'), torch.arange(33, device='cuda') // 3
+    image, text = (v.to('cuda', torch.bfloat16).requires_grad_() for v in features(33)); scale, bias, key = torch.tensor(9., device='cuda'), torch.tensor(-1., device='cuda'), torch.arange(33, device='cuda') // 3; valid = key % 2 == 0
     def all_forms():
         for chunk in (None, 8, 'auto'):
-            info_nce(image, text, scale, key=key, chunk=chunk, label_smoothing=0.1)['loss'].backward(); sigmoid_loss(image, text, scale, bias, chunk=chunk)['loss'].backward()
+            info_nce(image, text, scale, key=key, valid=valid, chunk=chunk, label_smoothing=0.1)['loss'].backward(); sigmoid_loss(image, text, scale, bias, valid=valid, chunk=chunk)['loss'].backward(); row_mean(image.float().sum(1), valid).backward()
     all_forms()
     torch.cuda.set_sync_debug_mode('error')
     try: all_forms()

@@ -3,7 +3,7 @@ import io
 import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError
-from clipa_nb.engine.pictures import Transform, _rgb, colour_maps, crop_box, decode, draft_box, eval_image, inception_box, jitter_colours, jpeg
+from clipa_nb.engine.pictures import Transform, _rgb, colour_maps, crop_box, decode, decode_crop, draft_box, eval_image, evaluation_pixels, inception_box, jitter_colours, jpeg, move_boxes
 
 torch.set_num_threads(1)
 
@@ -98,13 +98,88 @@ def test_values_of_sixteen_bits_lose_a_byte_and_floats_are_refused():
     with pytest.raises(OSError, match='unknown range'): _rgb(Image.fromarray(np.ones((2, 2), np.float32)))
 
 
-def test_evaluation_gives_a_tensor_and_takes_either():
-    data = jpeg(picture(0, 96, 128)); t = Transform(84, mode='squash', draft=0.)
-    x = eval_image(data, t)
-    assert (x.shape, x.dtype, x.is_contiguous()) == ((3, 84, 84), torch.uint8, True)
-    assert torch.equal(x, eval_image(Image.open(io.BytesIO(data)), t))
-    assert decode(Image.fromarray(picture(1).permute(1, 2, 0).numpy()).convert('L'), Transform(16)).shape == (16, 16, 3)
+# ---- evaluation is open_clip's ----
 
+def odd_image(mode, w, h):
+    rng = np.random.default_rng(w * 1000 + h)
+    if mode in ('I;16', 'I', 'F'):
+        return Image.fromarray(rng.integers(0, 65536, (h, w)).astype({'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode]))
+    if mode == 'P': return Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).quantize(64)
+    if mode == '1': return Image.fromarray(rng.integers(0, 256, (h, w), dtype=np.uint8)).convert('1')
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = rng.integers(0, 256, (h, w, bands), dtype=np.uint8)
+    return Image.frombytes(mode, (w, h), pixels.tobytes())
+
+
+def theirs(image, size, mode, interpolation):
+    "What open_clip's evaluation transform gives, as bytes."
+    open_clip = pytest.importorskip('open_clip.transform')
+    f = open_clip.image_transform(size, False, mean=(0., 0., 0.), std=(1., 1., 1.), resize_mode=mode, interpolation=interpolation)
+    return (f(image) * 255).round().byte()
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'P', 'RGBA', 'LA', 'I;16', 'CMYK', 'L', '1', 'I', 'F', 'YCbCr', 'HSV'])
+@pytest.mark.parametrize('resize', ['squash', 'shortest'])
+def test_evaluation_is_open_clips_bit_for_bit(mode, resize):
+    for w, h in ((32, 32), (64, 48), (48, 64), (45, 30), (31, 97), (97, 31), (33, 32), (1, 1), (1, 7), (7, 1), (1, 40), (20, 13), (13, 20), (500, 333)):
+        for size in (32, 31, 8):
+            for interpolation in ('bicubic', 'bilinear'):
+                image, t = odd_image(mode, w, h), Transform(size, mode=resize, interpolation=interpolation)
+                want = theirs(image, size, resize, interpolation)
+                assert torch.equal(eval_image(image, t), want), (mode, w, h, size, interpolation)
+                assert torch.equal(torch.from_numpy(evaluation_pixels(image, t).copy()).permute(2, 0, 1), want)
+
+
+@pytest.mark.parametrize('form, mode', [('png', 'P'), ('png', 'RGBA'), ('png', 'LA'), ('png', 'I;16'), ('png', 'L'), ('gif', 'P'), ('webp', 'RGBA'), ('jpeg', 'CMYK'), ('jpeg', 'L'), ('jpeg', 'RGB'), ('tiff', 'F')])
+@pytest.mark.parametrize('resize', ['squash', 'shortest'])
+def test_files_are_evaluated_as_open_clip_evaluates_them(form, mode, resize):
+    for w, h in ((341, 256), (200, 301)):
+        data = as_file(odd_image(mode, w, h), form)
+        want = theirs(Image.open(io.BytesIO(data)), 84, resize, 'bicubic')
+        assert torch.equal(eval_image(data, Transform(84, mode=resize, interpolation='bicubic')), want), 'no draft either'
+
+
+def test_a_transparent_palette():
+    image = odd_image('P', 40, 30)
+    data = as_file(image, 'png', transparency=3)
+    for resize in ('squash', 'shortest'): assert torch.equal(eval_image(data, Transform(16, mode=resize)), theirs(Image.open(io.BytesIO(data)), 16, resize, 'bilinear'))
+
+
+def test_evaluation_gives_a_tensor_takes_either_and_draws_nothing():
+    data = jpeg(picture(0, 96, 128)); t = Transform(84, mode='squash')
+    x = eval_image(data, t); image = Image.open(io.BytesIO(data))
+    assert (x.shape, x.dtype, x.is_contiguous()) == ((3, 84, 84), torch.uint8, True)
+    assert torch.equal(x, eval_image(image, t)) and image.size == (128, 96)
+    assert decode(Image.fromarray(picture(1).permute(1, 2, 0).numpy()).convert('L'), Transform(16)).shape == (16, 16, 3)
+    with pytest.raises(UserError, match="evaluate with 'squash' or 'shortest'"): eval_image(data, Transform(84))
+
+
+# ---- boxes ----
+
+def test_what_was_cut_from_where():
+    data = jpeg(picture(0, 96, 128)); t = Transform(16)
+    for k in range(5):
+        u = list(np.random.default_rng(k).random(22)); pixels, box, size = decode_crop(data, t, u)
+        assert size == (128, 96) and box == crop_box(128, 96, t, u) and np.array_equal(pixels, decode(data, t, u)), 'in pixels of the file, drafted or not'
+    assert decode_crop(data, Transform(16, mode='squash'))[1:] == ((0, 0, 128, 96), (128, 96))
+
+
+def test_boxes_move_clip_and_go():
+    whole = (0, 0, 200, 100)
+    boxes = [[0.5, 0.5, 0.5, 0.5], [0.1, 0.2, 0.1, 0.2]]
+    moved, kept = move_boxes(boxes, whole, (200, 100))
+    assert np.allclose(moved, boxes) and kept.tolist() == [0, 1] and moved.dtype == np.float32
+    moved, kept = move_boxes(boxes, (100, 0, 200, 100), (200, 100))
+    assert kept.tolist() == [0] and np.allclose(moved, [[0.25, 0.5, 0.5, 0.5]]), 'the right half of a centred box'
+    for share, n in ((0.11, 1), (0.09, 0)):
+        left = 80 + (1 - share) * 40
+        assert len(move_boxes([[0.5, 0.5, 0.2, 0.2]], (left, 0, 200, 100), (200, 100))[1]) == n, 'a tenth must be left'
+    assert [len(x) for x in move_boxes([], whole, (200, 100))] == [0, 0] and move_boxes([], whole, (200, 100))[0].shape == (0, 4)
+    assert len(move_boxes([[0.5, 0.5, 0., 0.2], [np.nan, 0.5, 0.1, 0.1], [1.5, 0.5, 0.1, 0.1]], whole, (200, 100))[1]) == 0
+    with pytest.raises(ValueError): move_boxes([[0.5, 0.5, 0.1]], whole, (200, 100))
+
+
+# ---- colours ----
 
 def test_turns_of_the_colour_plane():
     J = Transform(64, jitter=0.8, gray=0.2); middle = np.array([[0., 0.5, 0.5, 0.5, 0.5, 0.9]])

@@ -9,10 +9,10 @@ from clipa_nb.distributed_trainer import LAUNCH, Ranks, _join, _launched, connec
 from clipa_nb.engine.launch import RankError, _ByValue, _child, _collect, _open, fork_works
 from clipa_nb.engine.launch import spawn as launch_spawn
 from clipa_nb.infonce import Contrastive
-from clipa_nb.trainer import Task, forward_backward
+from clipa_nb.trainer import Task, TrainConfig, first_look, forward_backward
 
 N, E = 12, 5
-FORMS = dict(plain=dict(), streamed=dict(chunk=5), keyed=dict(chunk=5, use_key=True))
+FORMS = dict(plain=dict(), streamed=dict(chunk=5), keyed=dict(chunk=5, key=True))
 
 class Pair(nn.Module):
     "Two linear towers and a temperature: the smallest model with the seams of a CLIP."
@@ -22,8 +22,8 @@ class Pair(nn.Module):
         self.image, self.text = nn.Linear(4, E).double(), nn.Linear(3, E).double()
         self.logit_scale = nn.Parameter(torch.tensor(3., dtype=torch.float64))
         self.frozen = nn.Parameter(torch.ones(E, dtype=torch.float64), requires_grad=False)
-    def encode_image(self, x): return self.image(x) * self.frozen
-    def encode_text(self, x): return self.text(x)
+    def encode_image(self, x, normalize=False, draw=None): return self.image(x) * self.frozen
+    def encode_text(self, x, normalize=False, draw=None): return self.text(x)
 
 def batch_of(rank, size, n=N):
     g = torch.Generator().manual_seed(0)
@@ -59,27 +59,38 @@ def test_no_sync_leaves_gradients_apart():
 
 @pytest.mark.parametrize('chunks', [1, 2])
 def test_uneven_batches_are_refused_on_every_rank(chunks):
-    "An uneven last batch, as the training step meets it; chapter 10's tests have the other ways to disagree."
+    "An uneven first batch, as the trainer meets it; `core`'s tests have the other ways to disagree."
     def uneven(comm):
-        task = Task(Pair(), Contrastive()); wrapped = comm.wrap(task)
-        try: forward_backward(wrapped, task, {k: v[:3 + comm.rank] for k, v in batch_of(0, 1).items()}, comm, chunks)
+        batch = {k: v[:3 + comm.rank] for k, v in batch_of(0, 1).items()}
+        try: first_look(Task(Pair(), Contrastive()), batch, TrainConfig(chunks=chunks), comm)
         except UserError as e: return str(e)
     first, second = spawn(uneven, 2, timeout=100)
-    assert first == second and '3 on rank 0' in first and '4 on rank 1' in first
+    assert first == second and 'ranks disagree on rows: 3 on rank 0, 4 on rank 1' in first
+
+def test_another_set_of_fields_is_refused_on_every_rank():
+    def odd(comm):
+        batch = batch_of(comm.rank, comm.size)
+        if comm.rank: del batch['key']
+        try: first_look(Task(Pair(), Contrastive()), batch, TrainConfig(), comm)
+        except UserError as e: return str(e)
+    first, second = spawn(odd, 2, timeout=100)
+    assert first == second and 'ranks disagree on fields of the batch: 3 on rank 0, 2 on rank 1' in first
 
 @pytest.mark.parametrize('chunks', [(4, 4), (4, 1), (4, 2), (1, 5)])
 def test_a_batch_too_small_for_its_chunks_is_refused_on_every_rank(chunks):
     "3 rows and 4: the rank that cannot cut them must not leave the other one waiting in the loss."
     def small(comm):
-        task = Task(Pair(), Contrastive()); wrapped = comm.wrap(task)
-        try: forward_backward(wrapped, task, {k: v[:3 + comm.rank] for k, v in batch_of(0, 1).items()}, comm, chunks[comm.rank])
+        task = Task(Pair(), Contrastive())
+        wrapped, cfg, said = comm.wrap(task), TrainConfig(chunks=chunks[comm.rank]), ''
+        try: first_look(task, {k: v[:3 + comm.rank] for k, v in batch_of(0, 1).items()}, cfg, comm)
         except UserError as e: said = str(e)
-        forward_backward(wrapped, task, batch_of(comm.rank, comm.size), comm, chunks[comm.rank]) # and they are still in step
+        first_look(task, batch_of(comm.rank, comm.size), cfg, comm)
+        forward_backward(wrapped, task, batch_of(comm.rank, comm.size), comm, cfg.chunks) # and they are still in step
         same_gradients(task, comm)
         return said
     said, fault = spawn(small, 2, timeout=20), 0 if chunks[0] == 4 else 1
     assert said[fault] == f'{3 + fault} samples cannot be accumulated in {chunks[fault]} chunks: use 1 to {3 + fault}'
-    assert said[1 - fault] == f'rank {fault} refused its batch (its own message says why)'
+    assert said[1 - fault] == f'rank {fault} refused its input (its own message says why)'
 
 # --- the comm object itself
 
@@ -104,10 +115,37 @@ def test_collectives_take_every_type():
         for got, other, right in zip(a[kind], b[kind], want):
             assert got.dtype == kind and torch.equal(got, right) and torch.equal(other, right), kind
 
+def test_truth_values_travel_as_bytes():
+    "NCCL promises nothing about booleans, and a sum of bytes wraps around at 256 ranks; so neither is ever asked for."
+    def spied(comm):
+        seen, names = [], ('all_gather_into_tensor', 'all_reduce', 'reduce_scatter_tensor')
+        for name in names:
+            def spy(out, *args, real=getattr(dist, name), **kwargs):
+                seen.append((out.dtype, *[getattr(a, 'dtype', a) for a in args]))
+                return real(out, *args, **kwargs)
+            setattr(dist, name, spy)
+        mask_b = torch.tensor([[True, False], [False, False]][comm.rank])
+        got = comm.gather(mask_b), comm.all_sum(mask_b), comm.all_max(mask_b), comm.reduce_scatter(mask_b), comm.gather(torch.tensor([comm.rank]))
+        assert not any(torch.bool in row for row in seen) and not any(dist.ReduceOp.SUM in row for row in seen)
+        return got
+    for rank, (mask_B, any_b, most_b, scattered_b, ids) in enumerate(spawn(spied, 2)):
+        assert (mask_B.tolist(), mask_B.dtype) == ([True, False, False, False], torch.bool)
+        assert any_b.tolist() == most_b.tolist() == [True, False] and scattered_b.tolist() == [rank == 0]
+        assert (ids.tolist(), ids.dtype) == ([0, 1], torch.int64)
+
+def test_nobody_passes_a_barrier_alone():
+    def wait(comm):
+        if comm.rank == 0: time.sleep(0.5)
+        come = time.time()
+        comm.barrier()
+        return come, time.time(), comm.calls
+    answers = spawn(wait, 3)
+    assert min(left for _, left, _ in answers) >= max(come for come, *_ in answers) and {c for *_, c in answers} == {1}
+
 def test_the_comm_says_who_it_is():
     comm = Ranks(1, 2)
     assert (comm.rank, comm.size, repr(comm), issubclass(RankError, RuntimeError)) == (1, 2, 'Ranks(1 of 2)', True)
-    assert all(name in vars(Ranks) for name in ('gather', 'reduce_scatter', 'all_sum', 'all_max', 'wrap', 'no_sync', 'post_message'))
+    assert all(name in vars(Ranks) for name in ('gather', 'reduce_scatter', 'all_sum', 'all_max', 'barrier', 'wrap', 'no_sync', 'post_message'))
 
 def test_gather_keeps_the_order_of_the_ranks_and_sums_what_they_ask():
     assert spawn(lambda comm: comm.gather(torch.tensor([comm.rank])).tolist(), 3) == [[0, 1, 2]] * 3

@@ -1,12 +1,12 @@
 "Ids: equal to the original operations, to open_clip, to the library; bad input; vocabularies that are damaged or elsewhere."
-import gzip, hashlib, importlib.util, json, multiprocessing, os, pickle, random, shutil, socket, unicodedata
+import gzip, hashlib, importlib.util, json, multiprocessing, os, pickle, random, shutil, socket, threading, time, unicodedata
 from pathlib import Path
 import pytest, torch
-from clipa_nb.core import UserError
+from clipa_nb.core import Config, UserError, draws_of, keyed_uniform
 from clipa_nb.text_truncation import TEXT_STRATEGIES, rule_tagger, text_strategy
 from clipa_nb.engine.vocabularies import (CLIP_SPLIT, SPECIAL, Memory, caption_file, check_ids, check_settings, check_texts, clean_text, clip_vocabulary, digest, find_vocabulary, first_difference,
                                           is_plain, joined_surrogates, not_found, numbered, our_settings, published, published_name, read_json, read_text, read_vocabulary, settings, shelf_files)
-from clipa_nb.tokenizer import MODES, ClipBPE, Tokenizer, WordPiece, _CLIP_ASCII, _SPELLED, load_tokenizer, official_words, open_clip_words, plain_words, train_wordpiece
+from clipa_nb.tokenizer import MODES, ClipBPE, LearntVocabulary, Tokenizer, Vocabulary, WordPiece, _CLIP_ASCII, _SPELLED, load_tokenizer, official_words, open_clip_words, plain_words, train_wordpiece
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = json.loads((ROOT / 'tests' / 'fixtures' / 'tokenizer' / 'official.json').read_text('utf-8'))
@@ -187,8 +187,8 @@ def test_a_strategy_that_breaks_its_contract_is_named(any_tokenizer):
     t = any_tokenizer
     class Batch:
         def __init__(self, n): self.n = n
-        def __call__(self, words, k, generator): raise AssertionError('batch comes first')
-        def batch(self, captions, k, generator): return [[1] * k] * self.n
+        def __call__(self, words, k, u): raise AssertionError('batch comes first')
+        def batch(self, captions, k, u): return [[1] * k] * self.n
     assert t(['a', 'b'], 6, Batch(2)).shape == (2, 6)
     for wrong, says in ((Batch(1), '1 lists for 2 captions'), (lambda w, k, g: [1] * (k + 1), 'may return at most'), (lambda w, k, g: [t.vocab_size], 'not integers from 0'), (lambda w, k, g: [-1], 'not integers'), (lambda w, k, g: None, 'returned NoneType'), (lambda w, k, g: [1.5], 'not integers'), ('syntax', 'expected a function')):
         with pytest.raises(UserError, match=says): t(['a', 'b'], 6, wrong)
@@ -467,11 +467,12 @@ class Letters(Tokenizer):
 def letters(): return Letters({c: i for i, c in enumerate('_?abcdefghijklmnopqrstuvwxyz')}, 12)
 
 class LastWord:
-    def __call__(self, words, k, generator=None): return words[-1][1][:k] if words else []
-    def batch(self, captions, k, generator=None): return [self(words, k) for words in captions]
+    uses_chance = False
+    def __call__(self, words, k, u): return words[-1][1][:k] if words else []
+    def batch(self, captions, k, us): assert us == [None] * len(captions); return [self(words, k, u) for words, u in zip(captions, us)]
 
 class Forgetful(LastWord):
-    def batch(self, captions, k, generator=None): return []
+    def batch(self, captions, k, us): return []
 
 def refused(says, f, *args, **more):
     with pytest.raises(UserError) as e: f(*args, **more)
@@ -486,11 +487,28 @@ def test_a_kind_of_tokenizer_needs_split_and_cut(letters):
     assert letters.published == ''
 
 def test_strategies_of_the_call(letters):
-    backwards = lambda words, k, generator: [i for _, ids in words[::-1] for i in ids][:k]
+    backwards = lambda words, k, u: [i for _, ids in words[::-1] for i in ids][:k]
     assert letters('a red hat', 6, backwards).tolist() == [[1, 9, 2, 21, 19, 6]]
     assert letters(['a red hat', 'hi', ''], 5, LastWord()).equal(letters(['a red hat', 'hi', ''], 5, LastWord().__call__))
     refused('0 lists for 1 captions', letters, 'a', 5, Forgetful()); refused('context length 0 is too short', letters, 'a', 0); refused("text_strategy('syntax')", letters, 'a', 6, 'syntax')
     refused('returned 9 ids for 3 slots', letters, 'a red hat', 4, lambda w, k, g: [2] * 9); refused('from 0 to 27', letters, 'a', 4, lambda w, k, g: [28]); refused('not integers', letters, 'a', 4, lambda w, k, g: [.5])
+
+def test_a_strategy_gets_the_numbers_of_its_caption(letters):
+    "At least one a word, keyed by the caption's own draw under the purpose 'text'; a strategy that says nothing of chance is given them."
+    texts, draw, seen = ['a red hat', 'hi', '', 'one two three four five'], draws_of(3, range(4)), []
+    def spy(words, k, u): seen.append((len(words), u)); return []
+    letters(texts, 6, spy, draw); expected = keyed_uniform(draw, 'text', 5).numpy()
+    assert [n for n, _ in seen] == [3, 1, 0, 5] and all(len(u) >= max(1, n) and (u == e).all() for (n, u), e in zip(seen, expected, strict=True))
+    class AtOnce:
+        def __call__(self, words, k, u): raise AssertionError('batch comes first')
+        def batch(self, captions, k, u_bn): self.u = u_bn; return [[]] * len(captions)
+    s = AtOnce(); letters(texts, 6, s, draw)
+    assert all((u == e).all() for u, e in zip(s.u, expected, strict=True))
+    letters([], 6, spy); letters([], 6, spy, draw[:0])
+
+@pytest.mark.parametrize('draw, says', ((torch.zeros(3, dtype=torch.int64), r'draw \[3\] of torch.int64 for 2 captions'), (torch.zeros(2), r'draw \[2\] of torch.float32'), (7, r'draw \[\]'), (torch.zeros(2, 1, dtype=torch.int64), r'draw \[2, 1\]')))
+def test_a_draw_is_one_integer_a_caption(letters, draw, says):
+    with pytest.raises(UserError, match=says): letters(['a', 'b'], 6, lambda words, k, u: [], draw)
 
 def test_texts_and_ids_are_checked_at_the_entrance():
     import numpy as np
@@ -655,3 +673,85 @@ def test_a_file_put_where_the_message_says_is_found(small, places):
 def test_loading_says_what_is_wrong_with_the_arguments(small, tmp_path):
     small.save(tmp_path / 'm')
     refused('too short', load_tokenizer, tmp_path / 'm', 0); refused('unknown mode', load_tokenizer, tmp_path / 'm', mode='tf'); refused('rows for 100', load_tokenizer, tmp_path / 'm', rows=100); refused('did you mean bert-base-uncased', load_tokenizer, 'bert-base-uncase')
+
+# ---- the tokenizer of a recipe
+
+CAPTIONS = ('a red circle', 'two blue stars', 'a circle and a star')
+
+def together(n, act):
+    "What `act(comm)` returned or raised on n ranks, each a thread whose `gather` meets the others."
+    meeting, shelf, out = threading.Barrier(n, timeout=20), [None] * n, [None] * n
+    class Rank:
+        def __init__(self, rank): self.rank, self.size = rank, n
+        def gather(self, x):
+            shelf[self.rank] = x; meeting.wait(); whole = torch.cat(shelf); meeting.wait(); return whole
+    def run(rank):
+        try: out[rank] = act(Rank(rank))
+        except Exception as e: out[rank] = e
+    threads = [threading.Thread(target=run, args=(r,)) for r in range(n)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return out
+
+def never(): raise AssertionError('the captions were asked for')
+
+def test_configurations_of_tokenizers_survive_json():
+    for c in (Vocabulary(), Vocabulary('clip'), LearntVocabulary()): assert Config.from_json(c.to_json()) == c and hash(c) == hash(Config.from_json(c.to_json()))
+    assert Vocabulary().name == 'bert-base-uncased' and Vocabulary().to_dict()['kind'] == 'tokenizer:Vocabulary' and LearntVocabulary().to_dict() == dict(kind='tokenizer:LearntVocabulary')
+
+def test_a_vocabulary_is_opened_by_path_or_name(small, places):
+    small.save(places / 'shelf' / 'mine')
+    for name in ('mine', str(places / 'shelf' / 'mine'), str(places / 'shelf' / 'mine' / 'vocab.txt')):
+        v = Vocabulary(name); assert v.check(small.vocab_size) is None and v.check() is None
+        t = v.open(never, places / 'out', small.vocab_size, 11); assert t.pieces == small.pieces and t.context_length == 11 and not (places / 'out').exists()
+    assert Vocabulary('mine').open(never, None, None, None).context_length == small.context_length
+    for f in (Vocabulary('mine').check, lambda rows: Vocabulary('mine').open(never, None, rows, 8)): refused(f'{small.vocab_size} pieces, but the text tower has rows for 9', f, 9)
+    (places / 'shelf' / 'mine' / 'vocab.txt').write_text('\n'.join(small.pieces[:-1]) + '\n'); refused('SHA-256 differs', Vocabulary(str(places / 'shelf' / 'mine' / 'vocab.txt')).check, 10**5)
+
+def test_a_missing_vocabulary_is_found_in_milliseconds(places):
+    "Before anything is read or timed; the message names the variable and the files."
+    start = time.perf_counter(); refused('CLIPA_VOCABULARIES', Vocabulary().check, 30522); seconds = time.perf_counter() - start
+    assert seconds < 0.1; refused('bert-base-uncased.txt or bert-base-uncased.json', Vocabulary().check, 30522); refused('did you mean', Vocabulary('clipp').check, 1)
+
+def test_the_published_vocabulary_is_checked_whole(bert, places):
+    (places / 'shelf').mkdir(); (places / 'shelf' / 'bert-base-uncased.txt').write_bytes(BERT.read_bytes())
+    assert Vocabulary().check(30522) is None and Vocabulary().open(never, None, 30522, 8).published == 'bert-base-uncased' == Vocabulary(str(BERT)).open(never, None, 32000, 8).published
+    refused('rows for 30000', Vocabulary().check, 30000)
+    (places / 'shelf' / 'bert-base-uncased.txt').write_text('\n'.join(bert.pieces[:-1]) + '\n'); refused('damaged copy', Vocabulary().check, 30522)
+
+@pytest.mark.parametrize('ranks', (1, 2, 3))
+def test_word_pieces_are_learnt_once_on_rank_0_and_read_by_all(ranks, tmp_path):
+    asked, v, folder = [], LearntVocabulary(), tmp_path / 'run' / 'tokenizer'
+    def act(comm):
+        def captions(): asked.append(comm.rank); time.sleep(.05); return iter(CAPTIONS)
+        return v.open(captions, folder, 64, 9, comm)
+    made = together(ranks, act); expected = train_wordpiece(CAPTIONS, 64)
+    assert asked == [0] and all(t.pieces == expected.pieces and t.context_length == 9 for t in made)
+    again = together(ranks, lambda comm: v.open(never, folder, 64, 17, comm)) # a resumed run
+    assert all(t.pieces == expected.pieces and t.context_length == 17 for t in again)
+    refused('rows for 9', v.open, never, folder, 9, 17)
+
+def test_learning_is_local_without_a_comm(tmp_path):
+    t = LearntVocabulary().open(lambda: CAPTIONS, tmp_path, 64, 9); assert t('a red circle').shape == (1, 9) and (tmp_path / 'tokenizer.json').exists()
+    assert LearntVocabulary().open(never, str(tmp_path), 64, 9).pieces == t.pieces
+
+def test_half_a_saved_vocabulary_is_learnt_again(tmp_path):
+    "The configuration is written last, so without it the files are not whole."
+    LearntVocabulary().open(lambda: CAPTIONS, tmp_path, 64, 9); (tmp_path / 'tokenizer_config.json').unlink(); (tmp_path / 'tokenizer.json').write_text('{')
+    assert LearntVocabulary().open(lambda: CAPTIONS[:2], tmp_path, 64, 9).pieces == train_wordpiece(CAPTIONS[:2], 64).pieces
+
+def broken(): yield 'a'; raise UserError('shard 3 cannot be read')
+
+@pytest.mark.parametrize('captions, rows, says', ((lambda: (), 64, 'no caption to learn word pieces from'), (lambda: ['', ' '], 64, 'no caption'), (lambda: CAPTIONS, 12, 'too small'), (lambda: ['a', None], 64, 'text 1 is of type NoneType'), (broken, 64, 'shard 3')))
+def test_all_ranks_raise_where_learning_fails(captions, rows, says, tmp_path):
+    "Nobody waits for a rank that is gone, and nothing is left behind that a resumed run would take for a vocabulary."
+    found = together(2, lambda comm: LearntVocabulary().open(captions, tmp_path / 'tokenizer', rows, 9, comm))
+    assert all(isinstance(e, UserError) for e in found) and says in str(found[0]) and 'rank 0' in str(found[1])
+    assert not (tmp_path / 'tokenizer').exists(); refused(says, LearntVocabulary().open, captions, tmp_path / 'tokenizer', rows, 9)
+
+def test_where_nothing_can_be_written_all_ranks_say_so(tmp_path):
+    (tmp_path / 'tokenizer').write_text('')
+    found = together(2, lambda comm: LearntVocabulary().open(lambda: CAPTIONS, tmp_path / 'tokenizer', 64, 9, comm))
+    assert all(isinstance(e, UserError) for e in found) and 'a file is in the way' in str(found[0])
+
+def test_a_learnt_vocabulary_needs_room(): assert LearntVocabulary().check(64) is None is LearntVocabulary().check(); refused('5 of them are special tokens', LearntVocabulary().check, 5)

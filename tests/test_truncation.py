@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipa_nb.core import UserError, generator
+from clipa_nb.core import UserError, draws_of, keyed_uniform
 from clipa_nb.text_truncation import (TEXT_STRATEGIES, block_words, context_tagger, lexicon_tagger, nltk_tagger, priority, random_words, rule_tagger,
     syntax, text_strategy, truncate, vocabulary_ranks)
 from clipa_nb.tokenizer import ClipBPE, WordPiece, load_tokenizer, train_wordpiece
@@ -22,6 +22,14 @@ def fuzzed(n, seed=0):
     r = random.Random(seed)
     for _ in range(n):
         ids = iter(range(100)); yield [(r.choice('dog red runs the of ball quickly seven'.split()), [next(ids) for _ in range(r.choice((1, 1, 1, 2, 4)))]) for _ in range(r.randint(0, 14))], r.randint(1, 12)
+
+def u_of(seed, n=32):
+    "The uniform numbers of one caption."
+    return keyed_uniform(draws_of(seed, 0), 'text', n)[0].numpy()
+
+def many(n, seed=0, words=32):
+    "The uniform numbers of n captions."
+    return keyed_uniform(draws_of(seed, np.arange(n)), 'text', words).numpy()
 
 def flat(words): return [i for _, ids in words for i in ids]
 
@@ -46,9 +54,9 @@ def test_promises_on_fuzzed_words(name, official):
     "At most k ids, each a piece of the caption and none twice; everything where it fits; as drawn before from the same seed."
     s = text_strategy(name, rule_tagger, official=official)
     for i, (words, k) in enumerate(fuzzed(400)):
-        ids = s(words, k, generator(i)); whole = flat(words)
+        ids = s(words, k, u_of(i)); whole = flat(words)
         assert len(ids) <= k and len(set(ids)) == len(ids) and set(ids) <= set(whole)
-        assert ids == s(words, k, generator(i))
+        assert ids == s(words, k, u_of(i))
         if len(whole) <= k: assert ids == whole
         elif words: assert ids
         if not (official and name == 'random'): assert ids == sorted(ids)
@@ -58,7 +66,7 @@ def test_words_stay_whole(name):
     "Random and syntax cut no word unless no word of the caption fits; then it is one word, and it fills the slots."
     s, several = text_strategy(name, rule_tagger), 0
     for i, (words, k) in enumerate(fuzzed(400, 1)):
-        kept = set(s(words, k, generator(i)))
+        kept = set(s(words, k, u_of(i)))
         cut = [w for w, ids in words if 0 < len(kept & set(ids)) < len(ids)]
         if cut: several += 1; assert len(cut) == 1 and len(kept) == k and sum(bool(kept & set(ids)) for _, ids in words) == 1 and all(len(ids) > k for _, ids in words)
     assert several
@@ -76,7 +84,7 @@ def test_block_is_what_fits_from_its_start():
                 ids += more
             return ids or words[start][1][:k]
         ends = [len(flat(words[j:])) for j in range(len(words))]; possible = {tuple(run(j)) for j, n in enumerate(ends) if n >= k}
-        g = generator(i); assert {tuple(block_words(words, k, g)) for _ in range(300)} == possible
+        assert {tuple(block_words(words, k, u)) for u in many(300, i)} == possible
         assert any(words[-1][1][-1] in ids for ids in possible) == (k in ends)
         short, cut = any(len(ids) < k for ids in possible), any(0 < len(set(ids) & set(w)) < len(w) for ids in possible for _, w in words)
         seen.update(short=short, cut=cut, cut_though_others_fit=cut and min(len(w) for _, w in words) <= k, last_lost=k not in ends)
@@ -84,15 +92,15 @@ def test_block_is_what_fits_from_its_start():
 
 def test_block_as_the_chapter_shows_it():
     cut, left = [('cccc', [3, 4, 5, 6]), ('d', [7]), ('e', [8])], [('a', [1]), ('b', [2]), ('cccc', [3, 4, 5, 6]), ('d', [7])]
-    assert {tuple(block_words(cut, 3, generator(i))) for i in range(100)} == {(3, 4, 5)}
-    drawn = Counter(tuple(block_words(left, 3, generator(i))) for i in range(600))
+    assert {tuple(block_words(cut, 3, u)) for u in many(100)} == {(3, 4, 5)}
+    drawn = Counter(tuple(block_words(left, 3, u)) for u in many(600))
     assert set(drawn) == {(1, 2), (2,), (3, 4, 5)} and all(abs(n - 200) < 4.5 * (600 * 2 / 9) ** 0.5 for n in drawn.values())
 
 def test_no_free_slot_is_wasted():
     "Random and syntax leave no word out that would still fit."
     for i, (words, k) in enumerate(fuzzed(400, 2)):
         for s in (random_words, syntax(rule_tagger)):
-            kept = set(s(words, k, generator(i)))
+            kept = set(s(words, k, u_of(i)))
             assert all(kept & set(ids) or len(ids) > k - len(kept) for _, ids in words)
 
 @pytest.mark.parametrize('official', (False, True))
@@ -100,35 +108,81 @@ def test_no_free_slot_is_wasted():
 def test_both_tokenizers_frame_what_comes_back(name, official, tokenizers, texts):
     for tok in tokenizers:
         s, ends = text_strategy(name, rule_tagger, official=official), len(tok.prefix) + len(tok.suffix)
-        rows = tok(texts[:60], 8, s, generator(3)); again = tok(texts[:60], 8, s, generator(3))
+        draw = draws_of(3, np.arange(60)); rows = tok(texts[:60], 8, s, draw); again = tok(texts[:60], 8, s, draw)
         assert rows.shape == (60, 8) and rows.dtype == torch.int64 and torch.equal(rows, again)
-        g = generator(3)
-        for row, text in zip(rows.tolist(), texts):
-            ids = s(tok.words(text), 8 - ends, g)
+        for row, text, u in zip(rows.tolist(), texts, keyed_uniform(draw, 'text', 64).numpy()):
+            ids = s(tok.words(text), 8 - ends, u)
             assert row == [*tok.prefix, *ids, *tok.suffix] + [0] * (8 - ends - len(ids))
 
 @pytest.mark.parametrize('name', ('random', 'block'))
-def test_without_a_generator_the_default_one_draws(name):
+def test_without_a_draw_the_default_generator_draws(name, tokenizers, texts):
     s = text_strategy(name)
-    torch.manual_seed(5); a = [s(SIX, 3) for _ in range(20)]
-    torch.manual_seed(5); assert a == [s(SIX, 3) for _ in range(20)]
-    assert len(set(map(tuple, a))) > 1
+    for tok in tokenizers:
+        torch.manual_seed(5); a = tok(texts[:50], 8, s); b = tok(texts[:50], 8, s)
+        torch.manual_seed(5); assert torch.equal(a, tok(texts[:50], 8, s)) and not torch.equal(a, b)
+
+@pytest.mark.parametrize('official', (False, True))
+@pytest.mark.parametrize('name', TEXT_STRATEGIES)
+def test_who_uses_chance_says_so(name, official, tokenizers, texts):
+    "A strategy that does not is given no numbers, and torch's generator stays where it was."
+    s = text_strategy(name, official=official); chance = name in ('random', 'block')
+    assert s.uses_chance is chance and pickle.loads(pickle.dumps(s)).uses_chance is chance
+    before = torch.get_rng_state(); tokenizers[0](texts[:4], 8, s)
+    assert torch.equal(before, torch.get_rng_state()) is not chance
+
+@pytest.mark.parametrize('official', (False, True))
+@pytest.mark.parametrize('name', ('random', 'block'))
+def test_numbers_of_a_caption_do_not_depend_on_its_neighbours(name, official, tokenizers, texts):
+    "Alone, in any order, beside a caption that is far longer: the same row for the same draw."
+    s, draw, longest = text_strategy(name, official=official), draws_of(7, np.arange(40)), ' and a red hat' * 200
+    for tok in tokenizers:
+        rows = tok(texts[:40], 8, s, draw); back = torch.arange(39, -1, -1)
+        assert torch.equal(tok(texts[:40][::-1], 8, s, draw[back]), rows[back])
+        assert torch.equal(tok([*texts[:40], longest], 8, s, torch.cat([draw, draws_of(8, 0)]))[:40], rows)
+        assert all(torch.equal(tok(t, 8, s, draw[i:i + 1])[0], rows[i]) for i, t in enumerate(texts[:40]))
+        assert not torch.equal(tok(texts[:40], 8, s, draws_of(9, np.arange(40))), rows)
+
+def test_a_caption_as_long_as_a_book_costs_its_own_words_only(tokenizers, texts):
+    "Its row of numbers is not made for every caption of the batch; the ids stay those of the draws."
+    book, many_texts, draw = 'dog ' * 60_000, texts[:300], draws_of(1, np.arange(301))
+    seen = []
+    def spy(words, k, u): seen.append(len(u)); return random_words(words, k, u)
+    rows = tokenizers[0]([*many_texts, book], 8, spy, draw)
+    assert seen[-1] == 60_000 and max(seen[:-1]) < 100
+    assert torch.equal(rows[:300], tokenizers[0](many_texts, 8, random_words, draw[:300]))
+
+def test_smallest_numbers_stay_and_equals_stay_in_order():
+    assert random_words(SIX, 3, [.5, .1, .9, .1, .1, .2]) == [1, 3, 4] and random_words(SIX, 2, [.5] * 6) == [0, 1]
+    assert random_words(SIX, 3, torch.tensor([.9, .8, .7, .3, .2, .1])) == [3, 4, 5]
+    assert random_words(SIX, 3, [.5, .1, .9, .3, .2, .4], official=True) == [1, 4, 3], 'official: as drawn'
+    assert random_words(LONG, 2, [.4, .3, .2, .1, 0., 0.], official=True) == [4, 3], 'a number a piece, and only as many as words'
+
+@pytest.mark.parametrize('u, start, official_start', ((0., 0, 0), (.33, 0, 0), (.34, 1, 0), (.5, 1, 1), (.67, 2, 1), (1 - 2**-24, 2, 1), (np.float32(1 - 2**-24), 2, 1)))
+def test_one_number_starts_a_block(u, start, official_start):
+    assert block_words(SIX, 4, [u]) == list(range(start, start + 4)) == block_words(SIX, 4, [u, *[.9] * 5])
+    assert block_words(SIX, 4, [u], official=True) == list(range(official_start, official_start + 4))
+
+@pytest.mark.parametrize('official', (False, True))
+@pytest.mark.parametrize('name, u', (('random', None), ('random', [.5] * 5), ('random', .5), ('block', None), ('block', []), ('block', np.zeros(0))))
+def test_too_few_numbers_are_refused(name, u, official):
+    with pytest.raises(UserError, match='expected at least'): text_strategy(name, official=official)(SIX, 3, u)
 
 def test_random_is_even_and_block_draws_each_start():
-    g, n = generator(0), 4000
-    seen = Counter(i for _ in range(n) for i in random_words(SIX, 4, g))
+    n = 4000; us = many(n)
+    seen = Counter(i for u in us for i in random_words(SIX, 4, u))
     assert all(abs(c - n * 4 / 6) < 4.5 * (n * 2 / 9) ** 0.5 for c in seen.values()) and len(seen) == 6
-    starts = Counter(block_words(SIX, 4, g)[0] for _ in range(n))
+    sets = Counter(tuple(random_words(SIX, 4, u)) for u in us); assert len(sets) == 15 and all(abs(c - n / 15) < 4.5 * (n / 15) ** 0.5 for c in sets.values())
+    starts = Counter(block_words(SIX, 4, u)[0] for u in us)
     assert set(starts) == {0, 1, 2} and all(abs(c - n / 3) < 4.5 * (n * 2 / 9) ** 0.5 for c in starts.values())
 
 def test_block_starts_only_where_the_slots_can_be_filled():
     "With words of several pieces the last start is the last that fills the row, and it is drawn."
-    g = generator(0)
+    us = many(200)
     for words, k in fuzzed(60, 3):
         if len(flat(words)) <= k: continue
         last = max(i for i in range(len(words)) if sum(len(ids) for _, ids in words[i:]) >= k)
         starts = {words[i][1][0]: i for i in range(len(words))}
-        assert {starts[block_words(words, k, g)[0]] for _ in range(200)} == set(range(last + 1))
+        assert {starts[block_words(words, k, u)[0]] for u in us} == set(range(last + 1))
 
 def test_syntax_order_is_stable():
     "Equal priorities keep the caption's order, and all four classes come in theirs."
@@ -139,14 +193,14 @@ def test_syntax_order_is_stable():
 
 # ---------------------------------------------------------------- the published code, written down a second time from its description
 
-def published(name, words, k, ranks=None, generator=None):
+def published(name, words, k, ranks=None, u=None):
     "CLIPA-v2's four strategies as described: a condition on the count of words, a list of pieces cut to it."
     pieces, n = flat(words), len(words)
     if name == 'truncate' or n <= k: return pieces[:k]
     cut = pieces[:n]
-    if name == 'random': return [cut[i] for i in torch.randperm(n, generator=generator)][:k]
+    if name == 'random': return [i for _, i in sorted(zip(u.tolist(), cut))][:k]
     if name == 'block':
-        T = k + 1; start = int(torch.randint(0, n - T + 1, (), generator=generator)); return cut[start:start + k]
+        T = k + 1; start = np.floor(u[0] * (n - T + 1)).astype(int); return cut[start:start + k]
     best = np.argsort(np.array(ranks), kind='stable')[:k]
     return [i for w in sorted(best.tolist()) for i in words[w][1]][:k]
 
@@ -155,29 +209,29 @@ def test_official_equals_the_published_algorithm(name):
     s, compared = text_strategy(name, rule_tagger, official=True), 0
     for i, (words, k) in enumerate(fuzzed(1200, 4)):
         ranks = [priority(t) for t in rule_tagger([w for w, _ in words])]
-        assert s(words, k, generator(i)) == published(name, words, k, ranks, generator(i)); compared += len(words) > k
+        assert s(words, k, u_of(i)) == published(name, words, k, ranks, u_of(i)); compared += len(words) > k
     assert compared > 300
 
 def test_quirk_random_is_not_restored():
-    draws = [random_words(SIX, 4, generator(i), official=True) for i in range(50)]
-    assert any(d != sorted(d) for d in draws) and all(random_words(SIX, 4, generator(i)) == sorted(random_words(SIX, 4, generator(i))) for i in range(50))
+    draws = [random_words(SIX, 4, u, official=True) for u in many(50)]
+    assert any(d != sorted(d) for d in draws) and all(random_words(SIX, 4, u) == sorted(random_words(SIX, 4, u)) for u in many(50))
 
 def test_quirk_list_of_pieces_is_cut_to_the_number_of_words():
     for s in (random_words, block_words):
-        seen = {i for n in range(200) for i in s(LONG, 2, generator(n), official=True)}
+        seen = {i for u in many(200) for i in s(LONG, 2, u, official=True)}
         assert 5 not in seen and 6 not in seen and {2, 3} <= seen
-        assert {i for n in range(200) for i in s(LONG, 2, generator(n))} & {5, 6}
+        assert {i for u in many(200) for i in s(LONG, 2, u)} & {5, 6}
 
 def test_quirk_words_are_counted_where_pieces_should_be():
     "Four words of six pieces and four slots: the official code truncates, ours chooses."
     for s in (random_words, block_words):
-        assert {tuple(s(LONG, 4, generator(n), official=True)) for n in range(50)} == {(1, 2, 3, 4)}
-        assert len({tuple(s(LONG, 4, generator(n))) for n in range(50)}) > 1
+        assert {tuple(s(LONG, 4, u, official=True)) for u in many(50)} == {(1, 2, 3, 4)}
+        assert len({tuple(s(LONG, 4, u)) for u in many(50)}) > 1
     assert syntax(lambda w: ['DT', 'JJ', 'NN', 'IN'], official=True)(LONG, 4) == [1, 2, 3, 4]
 
 def test_quirk_block_never_draws_its_last_start():
-    assert {tuple(block_words(SIX, 4, generator(n), official=True)) for n in range(200)} == {(0, 1, 2, 3), (1, 2, 3, 4)}
-    assert {tuple(block_words(SIX, 5, generator(n), official=True)) for n in range(50)} == {(0, 1, 2, 3, 4)}
+    assert {tuple(block_words(SIX, 4, u, official=True)) for u in many(200)} == {(0, 1, 2, 3), (1, 2, 3, 4)}
+    assert {tuple(block_words(SIX, 5, u, official=True)) for u in many(50)} == {(0, 1, 2, 3, 4)}
 
 def test_quirk_words_by_priority_then_pieces_cut():
     dog = [('the', [1]), ('labradoodle', [2, 3, 4]), ('chases', [5]), ('cats', [6])]; tags = lambda w: ['DT', 'NN', 'VBZ', 'NNS']
@@ -359,7 +413,7 @@ def test_long_words_are_not_remembered(tagger):
     lambda: text_strategy('syntax', context_tagger), lambda: text_strategy('random', official=True), lambda: text_strategy('block')))
 def test_strategies_reach_a_worker(make):
     s = make(); t = pickle.loads(pickle.dumps(s)); words = [('a', [0]), ('dogs', [1, 2]), ('a', [0])]
-    assert [s(words, k, generator(0)) for k in (1, 2, 3)] == [t(words, k, generator(0)) for k in (1, 2, 3)]
+    assert [s(words, k, u) for k in (1, 2, 3) for u in many(20)] == [t(words, k, u) for k in (1, 2, 3) for u in many(20)]
 
 # ---------------------------------------------------------------- NLTK, present or not
 
@@ -409,7 +463,7 @@ def test_words_must_be_pairs(name, words, official):
 @pytest.mark.parametrize('name', TEXT_STRATEGIES)
 def test_empty_captions_and_slots_of_numpy(name, official):
     s = text_strategy(name, official=official)
-    assert s([], 3) == [] and s((), 3) == [] and len(s(SIX, np.int64(3), generator(0))) == 3
+    assert s([], 3) == [] and s((), 3) == [] and len(s(SIX, np.int64(3), u_of(0))) == 3
     assert s(SIX, 10**9) == list(range(6))
 
 @pytest.mark.parametrize('given, said', ((lambda w: w[1:], '5 tags for 6 words'), (lambda w: [*w, 'NN'], '7 tags for 6 words'), (lambda w: [], '0 tags for 6 words'),
@@ -436,15 +490,15 @@ def test_not_taggers_and_not_vocabularies():
 def test_captions_nobody_should_send(name, text, tokenizers):
     for tok in tokenizers:
         for official in (False, True):
-            row = tok(text, 8, text_strategy(name, official=official), generator(0))
+            row = tok(text, 8, text_strategy(name, official=official), draws_of(0, 0))
             assert row.shape == (1, 8) and 0 <= int(row.min()) and int(row.max()) < tok.vocab_size
 
 # ---------------------------------------------------------------- the pieces of the chapter, one by one
 
 def test_small_examples_of_each_strategy():
     assert truncate(SIX, 4) == [0, 1, 2, 3] and truncate(SIX, 9) == [0, 1, 2, 3, 4, 5] and truncate([('ab', [7, 8]), ('c', [9])], 1) == [7] and truncate([], 3) == []
-    assert random_words(SIX, 4, generator(1)) == random_words(SIX, 4, generator(1)) and random_words(SIX, 6) == [0, 1, 2, 3, 4, 5] and random_words([], 3) == []
-    assert {tuple(block_words(LONG, 4, generator(i))) for i in range(50)} == {(1, 2, 3, 4), (2, 3, 4, 5)} and block_words([('abc', [1, 2, 3])], 2) == [1, 2] and block_words(SIX, 6) == [0, 1, 2, 3, 4, 5]
+    assert random_words(SIX, 4, u_of(1)) == random_words(SIX, 4, u_of(1)) and random_words(SIX, 6) == [0, 1, 2, 3, 4, 5] and random_words([], 3) == []
+    assert {tuple(block_words(LONG, 4, u)) for u in many(50)} == {(1, 2, 3, 4), (2, 3, 4, 5)} and block_words([('abc', [1, 2, 3])], 2, [.9]) == [1, 2] and block_words(SIX, 6) == [0, 1, 2, 3, 4, 5]
     tags = lambda words: ['DT', 'JJ', 'NN', 'IN', 'DT', 'NN']
     assert [syntax(tags)(SIX, k) for k in (1, 2, 3, 4, 6)] == [[2], [2, 5], [1, 2, 5], [0, 1, 2, 5], [0, 1, 2, 3, 4, 5]]
 
@@ -486,6 +540,6 @@ def test_toy_tagger_and_its_copy_keep_the_same_words():
 @pytest.mark.parametrize('official', (False, True))
 @pytest.mark.parametrize('name', TEXT_STRATEGIES)
 def test_a_copy_fills_every_number_of_slots(name, official):
-    s = pickle.loads(pickle.dumps(text_strategy(name, lexicon_tagger(lexicon()), official=official))); many = [(w, [i]) for i, w in enumerate('a photo of a red circle above a small blue square'.split())]
-    for k in range(1, 9): assert len(s(many, k, generator(0))) == k and len(s(LONG, k, generator(0))) <= k
-    assert s(SIX, 6, generator(0)) == [0, 1, 2, 3, 4, 5] and s([], 3, generator(0)) == []
+    s = pickle.loads(pickle.dumps(text_strategy(name, lexicon_tagger(lexicon()), official=official))); eleven = [(w, [i]) for i, w in enumerate('a photo of a red circle above a small blue square'.split())]
+    for k in range(1, 9): assert len(s(eleven, k, u_of(0))) == k and len(s(LONG, k, u_of(0))) <= k
+    assert s(SIX, 6, u_of(0)) == [0, 1, 2, 3, 4, 5] and s([], 3, u_of(0)) == []
