@@ -35,6 +35,15 @@ def refused(match, f, *args, **kw):
     assert '\n' not in str(e.value), str(e.value)
 
 def shapes(cfg): return {k: v.shape for k, v in P.on_meta(cfg).state_dict().items()}
+def halves(c): return F.open_clip_config(c) | dict(clipa_nb=c) # as earlier versions wrote them, in one file
+
+def older(folder):
+    "A directory as earlier versions wrote it: open_clip's pair alone, with our configuration inside theirs."
+    c = {k: v for k, v in F.own_config(folder).items() if k != 'tokenizer'}
+    (folder / F.CONFIG).write_text(json.dumps(F.config_in(folder) | dict(clipa_nb=ModelConfig.from_dict(c).to_dict())))
+    for name in (F.OURS, F.OUR_WEIGHTS): (folder / name).unlink()
+    return folder
+
 def theirs(model): return F.to_open_clip(P.stored_state(model))
 
 def as_jax(model, heads=4):
@@ -153,12 +162,12 @@ def test_every_architecture_comes_back(name):
     fixed = 'mae' if cfg.positions == 'mae' else 'learned'
     same = cfg.replace(positions=fixed, init='open_clip', unit='clamp', unit_eps=1e-12)
     assert set(ModelConfig.from_dict(F.from_words(d['model_cfg'], d['preprocess_cfg'])).diff(same)) <= {'init_scale'}
-    assert P.from_open_clip_config(json.loads(json.dumps(d))) == cfg
+    assert P.from_open_clip_config(json.loads(json.dumps(halves(cfg.to_dict())))) == cfg
 
 @pytest.mark.parametrize('odd', [dict(cls=False), dict(text_mask='pad'), dict(pool='avg_all'), dict(text_act='quick_gelu'), dict(act='quick_gelu', text_act='gelu'), dict(text_act='gelu', text_ln_eps=1e-5)], ids=str)
 def test_what_open_clip_cannot_say_comes_back_too(odd):
     cfg = SMALL.replace(**odd)
-    assert P.from_open_clip_config(json.loads(json.dumps(F.open_clip_config(cfg.to_dict())))) == cfg
+    assert P.from_open_clip_config(json.loads(json.dumps(halves(cfg.to_dict())))) == cfg
 
 # ---- words: reading
 
@@ -208,14 +217,14 @@ def test_formats_and_the_book_agree():
 def test_two_halves_and_their_parts():
     assert P.validate(SMALL) == SMALL
     for odd, match in ((dict(act='gelu_tahn'), 'did you mean gelu_tanh'), (dict(text_pool='lst'), 'did you mean last')): refused(match, P.validate, SMALL.replace(**odd))
-    edited = json.loads(json.dumps(F.open_clip_config(C))); edited['model_cfg']['vision_cfg']['image_size'] = 112
+    edited = json.loads(json.dumps(halves(C))); edited['model_cfg']['vision_cfg']['image_size'] = 112
     refused('image_size 112 and 56', P.from_open_clip_config, edited)
     edited.pop('clipa_nb'); assert P.from_open_clip_config(edited).image_size == 112
     refused('did you mean model_cfg', P.from_open_clip_config, {'modelcfg': {}})
 
 @pytest.mark.parametrize('part, k, v', [('vision_cfg', 'head_width', 0), ('vision_cfg', 'layers', 1.5), ('text_cfg', 'act_kwargs', 'tanh'), ('text_cfg', 'norm_kwargs', [1])])
 def test_wrong_values_are_named(part, k, v):
-    wrong = copy.deepcopy(F.open_clip_config(C)); wrong.pop('clipa_nb'); wrong['model_cfg'][part][k] = v
+    wrong = copy.deepcopy(F.open_clip_config(C)); wrong['model_cfg'][part][k] = v
     refused(rf'{part}\.{k}={str(v)!r}' if isinstance(v, str) else rf'{part}\.{k}=', P.understood, wrong)
 
 # ---- D9: what open_clip loads, we load
@@ -243,7 +252,7 @@ def test_a_head_width_that_does_not_divide_the_width(tmp_path):
     with pytest.raises(AssertionError): open_clip.CLIP(**words(head_width=20))
 
 @pytest.fixture
-def saved(tmp_path): return P.save_pretrained(small(), tmp_path / 'model')
+def saved(tmp_path): return older(P.save_pretrained(small(), tmp_path / 'model'))
 
 @pytest.mark.parametrize('name', ['epoch_6.bin', 'clip.pth', 'weights.safetensors'])
 def test_weights_under_other_names_are_found(name, saved):
@@ -329,7 +338,7 @@ def test_bf16_of_numpy_and_what_training_left(tmp_path):
 
 def test_directories_hold_a_configuration_and_weights(tmp_path):
     (tmp_path / F.CONFIG).write_text('{"model_cfg": {'); refused('cannot be read as JSON', F.config_in, tmp_path)
-    (tmp_path / F.CONFIG).write_text(json.dumps(F.open_clip_config(C))); assert P.from_open_clip_config(F.config_in(tmp_path)) == SMALL
+    (tmp_path / F.CONFIG).write_text(json.dumps(halves(C))); assert P.from_open_clip_config(F.config_in(tmp_path)) == SMALL
     assert P.get_model_config(f'local-dir:{tmp_path}') == F.open_clip_config(C)['model_cfg']
     refused('holds a configuration but no weights', F.weights_in, tmp_path)
     (tmp_path / 'open_clip_model.safetensors.incomplete').write_bytes(b'...'); refused('was not wholly downloaded', F.weights_in, tmp_path)
@@ -358,8 +367,10 @@ def test_a_directory_is_whole_or_not_there(tmp_path):
     out = tmp_path / 'place'; out.mkdir(); (out / 'old').write_text('')
     with pytest.raises(RuntimeError), F.whole_directory(out) as tmp: (tmp / 'new').write_text(''); raise RuntimeError
     assert [p.name for p in out.iterdir()] == ['old'] and [p.name for p in tmp_path.iterdir()] == ['place']
+    (out / 'README.md').write_text('of the model before'); (out / 'notes').mkdir(); (out / 'notes' / 'a').write_text('mine')
     with F.whole_directory(out) as tmp: (tmp / 'new').write_text('')
-    assert [p.name for p in out.iterdir()] == ['new'] and [p.name for p in tmp_path.iterdir()] == ['place']
+    assert sorted(p.name for p in out.iterdir()) == ['new', 'notes', 'old'] and (out / 'notes' / 'a').read_text() == 'mine' # what saving writes itself is replaced
+    assert [p.name for p in tmp_path.iterdir()] == ['place']
 
 def test_only_models_and_empty_directories_are_replaced(saved, tmp_path):
     F.check_place(tmp_path / 'not there yet'); F.check_place(saved)
@@ -466,9 +477,9 @@ def test_fresh_models_and_bare_files(tmp_path):
 
 @pytest.mark.filterwarnings('default')
 def test_sources_of_a_name(saved, tmp_path):
-    assert P.source_of('ViT-B-16', None, None) == (model_config('ViT-B-16'), None, True, None)
-    assert P.source_of(f'local-dir:{saved}', None, None)[3] == F.BERT
-    (tmp_path / 'alone.bin').write_bytes(b'x'); assert P.source_of('ViT-B-16', str(tmp_path / 'alone.bin'), None)[2] == {}
+    assert P.source_of('ViT-B-16', None, None) == P.Found(model_config('ViT-B-16'))
+    assert P.source_of(f'local-dir:{saved}', None, None).words == F.BERT
+    (tmp_path / 'alone.bin').write_bytes(b'x'); assert P.source_of('ViT-B-16', str(tmp_path / 'alone.bin'), None).known == {}
     assert P._beside('small', SMALL, tmp_path / 'nowhere' / 'model.safetensors') == {}
     with pytest.warns(UserWarning, match='act gelu_tanh for gelu, ln_eps 1e-06 for 1e-05'): assert P._beside('small', SMALL.replace(act='gelu', ln_eps=1e-5), saved / F.FILES[0])['resize_mode'] == 'squash'
     refused('the path of a file', P.source_of, 'ViT-B-16', 'openia', None)
@@ -490,3 +501,36 @@ def test_a_model_that_is_not_its_configuration():
 def test_a_vocabulary_too_large_is_refused(tmp_path):
     out = P.save_pretrained(small(vocab_size=20), tmp_path / 'tiny'); train_wordpiece(['a red star', 'one green circle'] * 5, 60, 8).save(out)
     refused('20', P.get_tokenizer, f'local-dir:{out}')
+
+# ---- kinds that open_clip does not know
+
+def test_open_clip_is_told_of_its_own_kind_alone():
+    assert F.foreign(C) == [] and F.foreign({**C, 'kind': 'zoo.coca:CoCa'}) == ['the kind `zoo.coca:CoCa`']
+    assert F.foreign(dict(kind='user.x:Y')) == ['the kind `user.x:Y`'] and F.remarks(dict(kind='user.x:Y')) == ['open_clip cannot load this model: it has no words for the kind `user.x:Y`.']
+
+def test_a_card_of_any_kind_and_any_data():
+    card = F.model_card(dict(kind='user.slip:Slip', width=7, image=dict(depth=2), checkpointing='full'), metrics={'top1': 0.5}, data='12 M pairs of my own')
+    assert card.startswith('---\nlibrary_name: clipa_nb\n') and "load_user_code('slip.py')" in card and '## Data\n\n12 M pairs of my own' in card
+    assert '- width: `7`' in card and '- image.depth: `2`' in card and 'checkpointing' not in card and 'from open_clip' not in card and '| top1 | 0.5 |' in card
+    plain = F.model_card(C)
+    assert '## Data' not in plain and 'toy' not in plain and 'from open_clip' in plain and 'Nothing was measured' in plain
+
+def test_misfits_take_tensors_or_shapes():
+    state = {'a': torch.ones(2), 'b': torch.ones(3)}
+    assert F.misfits(state, {'a': (2,), 'b': torch.ones(3)}) == '' and F.misfits(state, {'a': torch.ones(4)}) == 'unknown: b; of another shape: a (2,) for (4,)'
+
+def test_a_configuration_is_ours_if_it_names_a_kind(tmp_path):
+    for text, wanted in (('{"model_type": "clip"}', None), ('{"kind": 3}', None), ('{"kind": "clip:ModelConfig"}', {'kind': 'clip:ModelConfig'})):
+        (tmp_path / F.OURS).write_text(text); assert F.own_config(tmp_path) == wanted and F.holds_model(tmp_path) == bool(wanted)
+    (tmp_path / F.OURS).write_text('{'); refused('cannot be read as JSON', F.own_config, tmp_path)
+
+def test_what_is_fetched_of_a_repository(monkeypatch, tmp_path):
+    "Ours where config.json names a kind; a transformers config.json beside open_clip's pair changes nothing."
+    files, asked = ['config.json', F.CONFIG, F.OUR_WEIGHTS, F.FILES[0], 'vocab.txt', 'big.bin'], []
+    class Hub:
+        def list_repo_files(self, where): return files
+        def snapshot_download(self, where, cache_dir=None, allow_patterns=None): asked.append(allow_patterns); return str(tmp_path)
+    for kind, wanted in (('"kind": "clip:ModelConfig"', F.OUR_WEIGHTS), ('"model_type": "clip"', F.FILES[0])):
+        (tmp_path / F.OURS).write_text('{' + kind + '}'); asked.clear()
+        F._from_hub(Hub(), 'hf-hub:a/b', 'a/b', None)
+        assert not any('safetensors' in n for n in asked[0]) and [n for n in asked[-1] if 'safetensors' in n or n.endswith('.bin')] == [wanted]

@@ -1,4 +1,5 @@
 "Weights in and out: the same numbers as open_clip, flax and the formulas; every mistake in one line; no code is ever run."
+from dataclasses import dataclass
 import copy, io, json, logging, math, os, types, warnings, zipfile
 from pathlib import Path
 import numpy as np
@@ -7,8 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from clipa_nb import pretrained as P
 from clipa_nb.engine import formats as F
-from clipa_nb.clip import MODELS, TEXT_MASKS, First, ModelConfig, build_clip, load_weights, model_config
-from clipa_nb.core import UserError
+from clipa_nb.clip import CLIP, MODELS, TEXT_MASKS, First, ModelConfig, TrunkConfig, build_clip, image_tower, load_weights, model_config, text_tower
+from clipa_nb.core import Config, UserError, kind_name, load_user_code
 from clipa_nb.cost import Tower
 from clipa_nb.engine.pictures import Transform
 from clipa_nb.tokenizer import ClipBPE, load_tokenizer, train_wordpiece
@@ -42,7 +43,11 @@ def older(folder):
     if (ours := folder / F.OURS).exists():
         d = json.loads((folder / F.CONFIG).read_text())
         d['clipa_nb'] = ModelConfig.from_dict({k: v for k, v in json.loads(ours.read_text()).items() if k != 'tokenizer'}).to_dict()
-        (folder / F.CONFIG).write_text(json.dumps(d)); ours.unlink(); (folder / F.OUR_WEIGHTS).unlink()
+        (folder / F.CONFIG).write_text(json.dumps(d)); without_ours(folder)
+    return folder
+
+def without_ours(folder):
+    for name in (F.OURS, F.OUR_WEIGHTS): (folder / name).unlink(missing_ok=True)
     return folder
 
 def edit(folder, f):
@@ -518,7 +523,7 @@ class Malicious:
 @pytest.mark.parametrize('kind', ['bin', 'legacy', 'npz', 'torchscript', 'nested'])
 def test_a_malicious_file_ends_in_one_line(kind, tmp_path, saved):
     mark, file = tmp_path / 'it-ran', saved / 'open_clip_pytorch_model.bin'
-    (saved / P.FILES[0]).unlink()
+    (older(saved) / P.FILES[0]).unlink()
     if kind == 'bin': torch.save(Malicious(mark), file)
     if kind == 'nested': torch.save({'state_dict': {'visual.proj': torch.ones(2)}, 'optimizer': Malicious(mark)}, file)
     if kind == 'legacy': torch.save(Malicious(mark), file, _use_new_zipfile_serialization=False)
@@ -567,8 +572,10 @@ def test_wrong_heads_of_jax(monkeypatch):
 
 @pytest.mark.parametrize('keep', [0, 5, 100, 3000, -1])
 def test_truncated_safetensors(saved, keep):
-    raw = (saved / P.FILES[0]).read_bytes(); (saved / P.FILES[0]).write_bytes(raw[:keep])
-    refused('cut short|not wholly downloaded|cannot be read', P.create_model, f'local-dir:{saved}')
+    for file in (F.OUR_WEIGHTS, P.FILES[0]):
+        raw = (saved / file).read_bytes(); (saved / file).write_bytes(raw[:keep])
+        refused(f'{file}.*(cut short|not wholly downloaded|cannot be read)', P.create_model, f'local-dir:{saved}')
+        older(saved)
 
 @pytest.mark.parametrize('change, match', [
     (lambda d: d['model_cfg']['vision_cfg'].update(qk_norm=True), 'vision_cfg sets qk_norm=True'),
@@ -620,7 +627,7 @@ def test_directories(tmp_path, saved):
     (tmp_path / 'empty').mkdir(); refused('holds no open_clip_config.json', P.create_model, f'local-dir:{tmp_path}/empty')
     (tmp_path / 'empty' / 'config.json').write_text('{}'); refused('transformers library', P.create_model, f'local-dir:{tmp_path}/empty')
     refused('local-dir:PATH', P.create_model, 'local-dir:'); refused('local-dir:PATH', P.create_model, 's3://bucket')
-    (saved / P.FILES[0]).rename(saved / f'{P.FILES[0]}.incomplete'); refused('incomplete… was not wholly downloaded|was not wholly downloaded', P.create_model, f'local-dir:{saved}')
+    (older(saved) / P.FILES[0]).rename(saved / f'{P.FILES[0]}.incomplete'); refused('incomplete… was not wholly downloaded|was not wholly downloaded', P.create_model, f'local-dir:{saved}')
     (saved / f'{P.FILES[0]}.incomplete').unlink(); refused('holds a configuration but no weights', P.create_model, f'local-dir:{saved}')
     (saved / P.FILES[0]).write_text('version https://git-lfs.github.com/spec/v1\n'); refused('Git LFS pointer', P.create_model, f'local-dir:{saved}')
 
@@ -659,7 +666,8 @@ def test_hub_says_what_went_wrong_and_what_is_cached(monkeypatch, saved):
         refused(match + r'.*cached: a/b, org/old', P.create_model, 'hf-hub:org/new')
     monkeypatch.setattr(F, 'need', lambda *a: Hub(ConnectionError(), copy=saved))
     assert P.create_model('hf-hub:org/old').cfg == SMALL
-    (saved / P.FILES[0]).unlink(); refused('holds a configuration but no weights', P.create_model, 'hf-hub:org/old')
+    (saved / F.OUR_WEIGHTS).unlink(); refused('holds a configuration but no weights: expected model.safetensors', P.create_model, 'hf-hub:org/old')
+    (without_ours(saved) / P.FILES[0]).unlink(); refused('holds a configuration but no weights', P.create_model, 'hf-hub:org/old')
     monkeypatch.setattr(F, 'need', lambda *a: Hub(files=['config.json', 'model.safetensors']))
     refused('not a model in open_clip layout', P.create_model, 'hf-hub:org/transformers')
 
@@ -746,7 +754,7 @@ def test_push_to_hub(monkeypatch, saved):
     train_wordpiece(['a red star'], 60, 8).save(saved)
     assert P.push_to_hub(saved, 'me/it', private=True, metrics={'top1': 0.5}, license='mit').endswith('me/it')
     words = json.loads(sent['open_clip_config.json'])
-    assert words['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'me/it' and sent['made']['private'] and P.from_open_clip_config(words) == SMALL
+    assert words['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'me/it' and sent['made']['private'] and ModelConfig.from_dict({k: v for k, v in json.loads(sent['config.json']).items() if k != 'tokenizer'}) == SMALL
     assert b'license: mit' in sent['README.md'] and b"'hf-hub:me/it'" in sent['README.md'] and b'| top1 | 0.5 |' in sent['README.md']
     assert json.loads((saved / 'open_clip_config.json').read_text())['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'bert-base-uncased' # the directory stays as it was
     P.push_to_hub(small(), 'me/two'); assert sent[P.FILES[0]]
@@ -823,7 +831,7 @@ def test_kinds_of_positions_are_named(saved):
 # ---- wrong values, wherever they stand
 
 @pytest.mark.parametrize('path, value, match', [
-    ('clipa_nb.act', 'gelu_tahn', 'did you mean gelu_tanh'), ('clipa_nb.text_pool', 'lst', 'did you mean last'), ('clipa_nb.image.heads', 0, r'clipa_nb\.image\.heads=0'), ('clipa_nb.text.heads', 0, r'clipa_nb\.text\.heads=0'), ('clipa_nb.ln_eps', 'x', "ln_eps='x': expected a number"),
+    ('clipa_nb.act', 'gelu_tahn', 'did you mean gelu_tanh'), ('clipa_nb.text_pool', 'lst', 'did you mean last'), ('clipa_nb.image.heads', 0, r'clipa_nb\.image\.heads=0'), ('clipa_nb.text.heads', 0, r'clipa_nb\.text\.heads=0'), ('clipa_nb.ln_eps', 'x', "ln_eps: found 'x', expected a number"),
     ('vision_cfg.head_width', 0, r'vision_cfg\.head_width=0: expected a whole number of at least 1'), ('text_cfg.heads', 0, r'text_cfg\.heads=0'), ('vision_cfg.patch_size', 0, r'vision_cfg\.patch_size=0'),
     ('vision_cfg.mlp_ratio', None, 'mlp_ratio=None: expected a number'), ('vision_cfg.layers', 1.5, r'vision_cfg\.layers=1\.5'), ('text_cfg.act_kwargs', 'tanh', r"text_cfg\.act_kwargs='tanh'"),
     ('text_cfg.width', -8, r'text_cfg\.width=-8'), ('preprocess_cfg', [0.5], 'preprocessing is list'), ('preprocess_cfg.mean', 'x', 'three numbers'), ('preprocess_cfg.std', [None] * 3, 'three numbers')])
@@ -835,10 +843,11 @@ def test_wrong_values_are_told_with_their_key(path, value, match, saved):
         d[last] = value
     refused(match, P.create_model, f'local-dir:{edit(saved, f)}')
 
-@pytest.mark.parametrize('half', ['model_cfg', 'clipa_nb'])
+@pytest.mark.parametrize('half', ['model_cfg', 'clipa_nb', 'config.json'])
 def test_no_wrong_value_ends_in_a_traceback(half, saved, monkeypatch):
     "Every setting at every odd value: understood, or one line."
-    whole = P.config_in(saved)
+    whole, read = F.own_config(saved), lambda d: P.understood_ours(d, saved.parent)
+    if half != 'config.json': whole, read = P.config_in(older(saved)), P.understood
     if half == 'model_cfg': whole.pop('clipa_nb'); whole['model_cfg'] = F.MODEL | dict(vision_cfg=F.VISION | whole['model_cfg']['vision_cfg'], text_cfg=F.TEXT | whole['model_cfg']['text_cfg'])
     def ways(d, path=()):
         for k, v in d.items():
@@ -850,7 +859,7 @@ def test_no_wrong_value_ends_in_a_traceback(half, saved, monkeypatch):
             d = json.loads(json.dumps(whole)); inner = d
             for k in path[:-1]: inner = inner[k]
             inner[path[-1]] = value
-            try: P.understood(d)
+            try: read(d)
             except UserError as e: assert '\n' not in str(e); n += 1
     assert n > 200
 
@@ -868,7 +877,7 @@ def test_arguments_of_the_wrong_kind(saved, tmp_path):
     for train in (False, True): refused('cannot be decoded', P.preprocess(SMALL, train), b'garbage')
     whole = io.BytesIO(); Image.new('RGB', (90, 70)).save(whole, 'PNG'); refused('cannot be decoded', P.preprocess(SMALL), whole.getvalue()[:60])
     assert not (tmp_path / 'k').exists()
-    (saved / 'open_clip_config.json').write_text('{"model_cfg": {}}'); refused('holds no text_cfg', P.get_tokenizer, name)
+    (older(saved) / 'open_clip_config.json').write_text('{"model_cfg": {}}'); refused('holds no text_cfg', P.get_tokenizer, name)
 
 def test_a_registered_architecture_takes_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(P, 'ADDED', {}); monkeypatch.setattr(P, 'ADDED_WORDS', {}, raising=False)
@@ -904,3 +913,281 @@ def test_without_a_network_the_cached_copy_is_said_and_the_log_is_quiet(monkeypa
         assert lines == [] and log.level == level
         log.warning('after'); assert lines == ['after']
     finally: log.removeHandler(handler)
+
+# ---- every model with a configuration: config.json, and our weights
+
+class Decoding(CLIP):
+    "A module more, and what is hard to build on the meta device: a buffer that is not stored, and weights with two names."
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        t = self.cfg.text.width
+        self.decoder = torch.nn.Linear(t, self.cfg.more)
+        self.words = torch.nn.Linear(t, self.cfg.vocab_size, bias=False)
+        if self.cfg.tied: self.words.weight = self.text.embed.weight
+        self.register_buffer('steps', torch.arange(3), persistent=self.cfg.stored)
+        if self.cfg.asks: self.asked = float(torch.ones(1) * 2) # impossible on the meta device
+
+    def decode(self, ids): return self.words(self.text(ids)[1]['tokens']) + self.steps.sum()
+
+@dataclass(frozen=True)
+class DecodingConfig(ModelConfig):
+    more: int = 5
+    tied: bool = False
+    stored: bool = True
+    asks: bool = False
+    def build(self, output_dict=False): return Decoding.from_config(self, output_dict)
+
+class OneTower(CLIP):
+    def encode_text(self, text, normalize=False, draw=None): return self.encode_image(text, normalize, draw)
+
+@dataclass(frozen=True)
+class OneTowerConfig(ModelConfig):
+    def build(self, output_dict=False): return OneTower.from_config(self, output_dict, text=None)
+
+class Cold(CLIP):
+    def __init__(self, *args, **kw): super().__init__(*args, **kw); self.logit_scale = None
+
+@dataclass(frozen=True)
+class ColdConfig(ModelConfig):
+    def build(self, output_dict=False): return Cold(image_tower(self), text_tower(self), self, output_dict)
+
+@dataclass(frozen=True)
+class EitherConfig(Config):
+    "Not even a CLIP."
+    width: int = 3
+    names: tuple[str, ...] = ('a', 'b')
+    def build(self, output_dict=False):
+        model = torch.nn.Sequential(torch.nn.Linear(self.width, 2), torch.nn.BatchNorm1d(2)); model.cfg = self
+        return model
+
+def of_kind(kind, **more): return perturb(kind(**{**vars(SMALL), **more}).build())
+
+def same(a, b):
+    assert type(a) is type(b) and a.cfg == b.cfg and a.state_dict().keys() == b.state_dict().keys()
+    for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]), k
+
+KINDS = {'plain': (ModelConfig, {}), 'learned': (ModelConfig, dict(positions='learned')), 'without a class token': (ModelConfig, dict(cls=False)), 'module': (DecodingConfig, dict(more=7)), 'tied': (DecodingConfig, dict(tied=True)), 'not stored': (DecodingConfig, dict(stored=False)),
+         'not on meta': (DecodingConfig, dict(asks=True)), 'one tower': (OneTowerConfig, {}), 'cold': (ColdConfig, {})}
+
+@pytest.mark.parametrize('name', KINDS)
+def test_every_kind_comes_back(name, tmp_path):
+    kind, more = KINDS[name]
+    model = of_kind(kind, **more)
+    out = P.save_pretrained(model, tmp_path / 'out', recipe={'name': 'r'})
+    theirs = kind is ModelConfig and model.cfg.cls
+    assert {p.name for p in out.iterdir()} == {'config.json', 'model.safetensors', 'README.md'} | ({F.CONFIG, P.FILES[0]} if theirs else set())
+    assert json.loads((out / 'config.json').read_text())['kind'] == kind_name(kind) and load_file(out / 'model.safetensors').keys() == model.state_dict().keys()
+    before = torch.get_rng_state()
+    loaded, train, val = P.create_model_and_transforms(f'local-dir:{out}')
+    assert torch.equal(before, torch.get_rng_state()) and loaded.training and not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+    same(model, loaded); assert val == P.preprocess(SMALL) and train.transform.mode == 'crop'
+    x, ids = torch.randn(2, 3, 56, 56), torch.randint(1, 300, (2, 8))
+    assert torch.equal(loaded.eval().encode_image(x), model.encode_image(x))
+    if kind is OneTowerConfig: assert torch.equal(loaded.encode_text(x), model.encode_image(x)) and loaded.text is None
+    else: assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
+    if kind is DecodingConfig: assert torch.equal(loaded.decode(ids), model.decode(ids)) and (loaded.words.weight is loaded.text.embed.weight) == model.cfg.tied
+    half = P.create_model(f'local-dir:{out}', precision='bf16')
+    assert {k for k, p in half.named_parameters() if p.dtype != torch.bfloat16} <= {'logit_scale'}
+    same(P.create_model(f'local-dir:{P.save_pretrained(loaded, out)}'), model) # over itself
+    if not theirs:
+        with pytest.raises(Exception): open_clip.create_model(f'local-dir:{out}')
+
+def test_a_model_that_is_no_clip_comes_back(tmp_path):
+    model = EitherConfig(4).build(); model(torch.randn(9, 4)); model.eval()
+    with pytest.warns(UserWarning, match='open_clip cannot load this model: it has no words for the kind `test_pretrained:EitherConfig`'): out = P.save_pretrained(model, tmp_path / 'out', metrics={'top1': 0.5}, data='my own')
+    loaded, x = P.create_model(f'local-dir:{out}').eval(), torch.randn(2, 4)
+    assert torch.equal(loaded(x), model(x)) and loaded[1].num_batches_tracked == 1 and loaded.cfg == EitherConfig(4)
+    P.write_card(out, metrics={'top1': 0.75}, data='somebody\'s'); card = (out / 'README.md').read_text()
+    assert 'somebody\'s' in card and 'my own' not in card and '| top1 | 0.75 |' in card and 'open_clip cannot load this model' in card and '- width: `4`' in card
+    refused('open_clip has no words for this model', P.get_model_config, f'local-dir:{out}'); refused('unknown field of EitherConfig .image_size.', P.create_model, f'local-dir:{out}', force_image_size=8)
+
+def test_towers_of_other_libraries_come_back(tmp_path):
+    pytest.importorskip('timm')
+    cfg = TrunkConfig(**dict(vars(SMALL), image_size=64), image_trunk='timm:resnet18')
+    model = cfg.build(); model(torch.randn(2, 3, 64, 64), torch.randint(1, 300, (2, 8))); model.eval() # batch norms have seen something
+    loaded = P.create_model(f'local-dir:{P.save_pretrained(model, tmp_path / "out")}').eval()
+    same(model, loaded); x = torch.randn(2, 3, 64, 64); assert torch.equal(model.encode_image(x), loaded.encode_image(x))
+    swin = TrunkConfig(**dict(vars(SMALL), image_size=64), image_trunk='timm:swin_tiny_patch4_window7_224', image_trunk_args=dict(img_size=64, depths=[1, 1])).build().eval() # tables that are not stored
+    again = P.create_model(f'local-dir:{P.save_pretrained(swin, tmp_path / "swin")}').eval()
+    assert torch.equal(swin.encode_image(x), again.encode_image(x))
+
+def test_a_text_tower_of_another_library_comes_back_without_a_download(tmp_path):
+    pytest.importorskip('transformers')
+    bert = dict(model_type='bert', hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=300, max_position_embeddings=16)
+    model = TrunkConfig(**vars(SMALL), text_trunk=bert).build().eval()
+    loaded, ids = P.create_model(f'local-dir:{P.save_pretrained(model, tmp_path / "out")}').eval(), torch.randint(1, 300, (2, 8))
+    assert torch.equal(model.encode_text(ids), loaded.encode_text(ids))
+
+def test_a_model_must_be_what_its_configuration_builds(tmp_path):
+    other = small(); other.extra = torch.nn.Linear(2, 2)
+    refused('unknown: extra.weight, extra.bias.*give it a configuration whose `build` makes it', P.save_pretrained, other, tmp_path / 'x')
+    other = of_kind(OneTowerConfig); other.cfg = SMALL
+    refused('missing: text.positions', P.save_pretrained, other, tmp_path / 'x')
+    class Same(CLIP): pass
+    refused('the model is Same, not CLIP', P.save_pretrained, Same.from_config(SMALL), tmp_path / 'x')
+    @dataclass(frozen=True)
+    class DecodingConfig(ModelConfig): pass # a name that leads to another class
+    other = small(); other.cfg = DecodingConfig(**vars(SMALL)); DecodingConfig.__qualname__ = 'DecodingConfig'
+    refused('names another class than DecodingConfig', P.save_pretrained, other, tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()
+
+def test_what_concerns_a_run_is_not_in_the_file(tmp_path):
+    model = of_kind(DecodingConfig, image_strategy='random', image_ratio=0.5, checkpointing='full', attention='sdpa')
+    out = P.save_pretrained(model, tmp_path / 'out')
+    assert not set(F.RUN_ONLY) & set(json.loads((out / 'config.json').read_text())) and P.create_model(f'local-dir:{out}').cfg == DecodingConfig(**vars(SMALL))
+
+def test_options_reach_every_model_of_ours(tmp_path):
+    name = f'local-dir:{P.save_pretrained(of_kind(DecodingConfig, positions="learned"), tmp_path / "out")}'
+    model, _, val = P.create_model_and_transforms(name, force_image_size=112, force_context_length=12, force_patch_dropout=0.5, force_preprocess_cfg='openai', output_dict=True)
+    assert model.visual.positions.table.shape == (65, 64) and model.text.positions.shape == (12, 48) and val.transform.size == 112 and val.transform.mode == 'shortest'
+    assert model.visual(torch.randn(1, 3, 112, 112))[1]['ids'].shape == (1, 32) and isinstance(model(torch.randn(1, 3, 112, 112)), dict)
+    moco = f'local-dir:{P.save_pretrained(of_kind(DecodingConfig), tmp_path / "moco")}'
+    assert P.create_model(moco, force_image_size=112).cfg.positions == 'moco' # open_clip does not read this directory: computed anew
+    assert P.create_model(moco, force_image_size=112, positions='interpolate').cfg.positions == 'learned'
+
+PAPER = '''
+from dataclasses import dataclass
+from pathlib import Path
+from clipa_nb.clip import ModelConfig
+Path(__file__).with_name('it-ran').touch()
+@dataclass(frozen=True)
+class Mine(ModelConfig):
+    pass
+'''
+
+def test_a_kind_must_be_known_and_code_beside_weights_never_runs(saved, tmp_path, monkeypatch):
+    c = json.loads((saved / 'config.json').read_text())
+    monkeypatch.chdir(saved); monkeypatch.delenv('CLIPA_USER_FILES', raising=False)
+    for file in ('paper_x.py', 'user.py', 'clip.py', 'sitecustomize.py'): (saved / file).write_text(PAPER)
+    for kind, match in (('user.paper_x:Mine', r'give it with --with paper_x\.py'), ('paper_x:Mine', 'no module paper_x'), ('clip:Mine', 'unknown Config in clip'), ('user:Mine', 'no module user'), ('os:system', 'unknown Config'), ('../paper_x:Mine', "expected 'module:Class'"), ('core:UserError', 'unknown Config'),
+                        ('recipes:Stage', 'cannot be built|unknown|unexpected')):
+        (saved / 'config.json').write_text(json.dumps(c | dict(kind=kind)))
+        for f in (P.create_model, P.get_tokenizer): refused(match, f, f'local-dir:{saved}')
+        assert not (saved / 'it-ran').exists(), kind
+    (saved / 'config.json').write_text(json.dumps(c | dict(tokenizer=dict(kind='user.paper_x:Mine')))); refused('--with paper_x', P.get_tokenizer, f'local-dir:{saved}')
+    assert not (saved / 'it-ran').exists()
+    (tmp_path / 'paper_y.py').write_text(PAPER); load_user_code(tmp_path / 'paper_y.py') # given by the user, it is run and its kinds are known
+    (saved / 'config.json').write_text(json.dumps(c | dict(kind='user.paper_y:Mine')))
+    assert kind_name(type(P.create_model(f'local-dir:{saved}').cfg)) == 'user.paper_y:Mine' and (tmp_path / 'it-ran').exists()
+
+def test_config_json_is_read_first_and_must_agree(saved):
+    name = f'local-dir:{saved}'
+    save_file({k: v + 1 for k, v in load_file(saved / P.FILES[0]).items()}, saved / P.FILES[0])
+    assert torch.equal(P.create_model(name).text.embed.weight, small().text.embed.weight) # ours
+    d = json.loads((saved / F.CONFIG).read_text()); d['preprocess_cfg']['mean'] = [0.9] * 3; (saved / F.CONFIG).write_text(json.dumps(d))
+    refused('disagree .model_cfg and config.json: mean .0.9, 0.9, 0.9. and .*change both, or remove open_clip_config.json', P.create_model, name)
+    (saved / F.CONFIG).unlink(); assert P.create_model(name).cfg == SMALL
+    for change, match in ((dict(widht=3), 'unknown field of ModelConfig .widht.'), (dict(act='gelu_tahn'), 'did you mean gelu_tanh'), (dict(embed_dim=0), r'config\.json\.embed_dim=0'), (dict(image=dict(width=64, depth=2, heads=0, mlp=256)), r'config\.json\.image\.heads=0'), (dict(embed_dim=7), r'model\.safetensors: these weights do not fit')):
+        ours = F.own_config(saved); (saved / 'config.json').write_text(json.dumps(ours | change)); refused(match, P.create_model, name); (saved / 'config.json').write_text(json.dumps(ours))
+    (saved / 'model.safetensors').unlink(); refused('expected model.safetensors', P.create_model, name)
+
+def test_files_that_saving_does_not_write_are_kept(tmp_path):
+    pieces = train_wordpiece(['a red star'] * 3, 60, 8)
+    out = P.save_pretrained(small(), tmp_path / 'out', tokenizer=pieces)
+    (out / 'recipe.json').write_text('{}'); (out / 'figures').mkdir(); (out / 'figures' / 'a.txt').write_text('x')
+    P.save_pretrained(small(1, cls=False), out)
+    assert {p.name for p in out.iterdir()} == {'config.json', 'model.safetensors', 'README.md', 'recipe.json', 'figures'} # the pair and the tokenizer of the model before are gone
+    assert (out / 'figures' / 'a.txt').read_text() == 'x' and [p.name for p in tmp_path.iterdir()] == ['out']
+
+# ---- a tokenizer of a paper's own
+
+class Letters:
+    context_length = 8
+    def __init__(self, size, length): self.size, self.context_length = size, length
+    def __call__(self, texts, context_length=None, strategy=None, draw=None):
+        return torch.tensor([[ord(c) % self.size for c in t[:self.context_length].ljust(self.context_length)] for t in texts])
+    def save(self, folder): (Path(folder) / 'letters.txt').write_text(str(self.size))
+
+@dataclass(frozen=True)
+class LettersConfig(Config):
+    size: int = 50
+    def check(self, rows): pass
+    def open(self, captions, folder, rows, context_length, comm=None):
+        assert not Path(folder, 'letters.txt').exists() or int(Path(folder, 'letters.txt').read_text()) == self.size
+        return Letters(self.size, context_length)
+
+def test_a_tokenizer_of_a_papers_own_comes_back(tmp_path):
+    tok = LettersConfig(40).open(None, tmp_path, 300, 8)
+    out = P.save_pretrained(of_kind(DecodingConfig), tmp_path / 'out', tokenizer=tok, tokenizer_config=LettersConfig(40))
+    name = f'local-dir:{out}'
+    assert torch.equal(P.get_tokenizer(name)(['a red star']), tok(['a red star'])) and P.get_tokenizer(name, 5)(['a red star']).shape == (1, 5)
+    again = P.save_pretrained(P.create_model(name), tmp_path / 'again', tokenizer=P.get_tokenizer(name)) # as `clipa export` does
+    assert torch.equal(P.get_tokenizer(f'local-dir:{again}')(['a red star']), tok(['a red star'])) and (again / 'letters.txt').exists()
+    with pytest.warns(UserWarning, match='get_tokenizer cannot open a Letters again'): P.save_pretrained(of_kind(DecodingConfig), tmp_path / 'third', tokenizer=tok)
+
+def test_word_pieces_need_no_configuration_and_keep_their_own(tmp_path):
+    pieces = train_wordpiece(['a red star', 'a photo of a blue ring'] * 3, 120, 8)
+    for kind in (ModelConfig, DecodingConfig):
+        out = P.save_pretrained(of_kind(kind), tmp_path / kind.__name__, tokenizer=pieces, tokenizer_config=LettersConfig())
+        assert 'kind' not in json.loads((out / 'config.json').read_text())['tokenizer'] and torch.equal(P.get_tokenizer(f'local-dir:{out}')(['a red star']), pieces(['a red star']))
+    ids = P.get_tokenizer(f'local-dir:{out}', 4)(['a red star']); assert ids.shape == (1, 4)
+
+# ---- names
+
+def test_names_with_a_tag(monkeypatch, saved):
+    assert ('ViT-H-14-CLIPA-336', 'laion2b') in P.list_pretrained() and len(P.list_pretrained()) == len(P.TAGS) and 'ViT-H-14-CLIPA-336:laion2b' in P.list_pretrained(as_str=True)
+    seen = []
+    monkeypatch.setattr(F, '_from_hub', lambda hub, name, where, cache_dir: seen.append(where) or saved)
+    for name in ('ViT-H-14-CLIPA:datacomp1b', 'ViT-H/14-CLIPA:datacomp1b'): P.create_model(name)
+    assert seen == ['UCSC-VLAA/ViT-H-14-CLIPA-datacomp1B'] * 2
+    refused('did you mean datacomp1b', P.create_model, 'ViT-H-14-CLIPA:datacomp')
+
+def test_random_weights_are_told(saved):
+    for name, pretrained, wanted in (('ViT-B-16', None, False), ('ViT-B/16', '', False), ('ViT-H-14-CLIPA', 'laion2b', True), ('ViT-H-14-CLIPA:datacomp1b', None, True), (f'local-dir:{saved}', None, True), ('hf-hub:a/b', None, True), ('ViT-B-16', 'x.bin', True)):
+        assert P.has_weights(name, pretrained) is wanted, name
+    refused('whose weights would be random: give one of its tags .datacomp1b', P.create_model_from_pretrained, 'ViT-L-14-CLIPA')
+    model, val = P.create_model_from_pretrained(f'local-dir:{saved}', force_image_size=112)
+    assert not model.training and val.transform.size == 112 and isinstance(P.create_model_from_pretrained(f'local-dir:{saved}', return_transform=False), CLIP)
+
+def test_what_a_person_writes_is_a_name(saved, tmp_path):
+    (tmp_path / 'plan.json').write_text('{}')
+    assert P.model_name(str(tmp_path)) == P.model_name(str(saved)) == f'local-dir:{saved}' and P.model_name('ViT-B/16') == 'ViT-B/16' and P.model_name('hf-hub:a/b') == 'hf-hub:a/b'
+    (saved / 'config.json').unlink(); (saved / F.CONFIG).unlink(); refused('has not finished', P.model_name, str(tmp_path)); refused('no such directory', P.model_name, 'runs/nowhere')
+
+# ---- the weights of another model to begin with
+
+def test_beginning_with_another_model(saved, tmp_path):
+    start = build_clip(SMALL.replace(init_scale=5.))
+    assert 'all from' in (said := P.initial_weights(start, str(saved))) and f'{len(start.state_dict())} tensors' in said and str(saved) in said
+    assert all(torch.equal(v, small().state_dict()[k]) for k, v in start.state_dict().items())
+    older(saved); again = build_clip(SMALL); P.initial_weights(again, f'local-dir:{saved}') # open_clip's layout
+    assert all(torch.equal(v, small().state_dict()[k]) for k, v in again.state_dict().items())
+    run = build_clip(SMALL); P.initial_weights(run, str(saved.parent)) # a run's directory holds model/
+    assert torch.equal(run.text.embed.weight, small().text.embed.weight)
+
+@pytest.mark.parametrize('part, other', [('visual', 'text'), ('text', 'visual')])
+def test_beginning_with_a_part(part, other, saved):
+    start = of_kind(DecodingConfig); before = {k: v.clone() for k, v in start.state_dict().items()}
+    said = P.initial_weights(start, f'{part}={saved}')
+    for k, v in start.state_dict().items(): assert torch.equal(v, small().state_dict()[k] if k.startswith(f'{part}.') else before[k]), k
+    assert said.startswith(f'{part} from {saved}: ') and ';' not in said
+
+def test_positions_are_resized_and_differences_said(tmp_path):
+    learned = P.save_pretrained(small(positions='learned'), tmp_path / 'learned')
+    start = build_clip(SMALL.replace(positions='learned', image_size=112, context_length=12, act='gelu', mean=(0.5,) * 3))
+    said = P.initial_weights(start, str(learned))
+    assert 'visual.positions.table from 17 to 65 rows' in said and 'text.positions from 8 to 12 rows' in said and 'act gelu_tanh there, gelu here' in said and 'mean (0.485' in said
+    direct = P.create_model(f'local-dir:{learned}', force_image_size=112, force_context_length=12)
+    assert all(torch.equal(v, start.state_dict()[k]) for k, v in direct.state_dict().items())
+    computed = P.save_pretrained(small(), tmp_path / 'computed')
+    P.initial_weights(start, f'visual={computed}') # its sines, for the new grid, are where learning begins
+    from clipa_nb.patch_embedding import sincos
+    assert torch.equal(start.visual.positions.table, sincos((8, 8), 64, 'moco', 1).float())
+    sines = build_clip(SMALL.replace(image_size=112)); P.initial_weights(sines, str(older(computed))) # open_clip's layout holds the table of the sines: it is recomputed
+    assert F.TABLE not in sines.state_dict() and torch.equal(sines.text.embed.weight, small().text.embed.weight)
+    refused('has learned positions, and this model computes them .*set model.positions=learned', P.initial_weights, build_clip(SMALL), f'visual={learned}')
+
+def test_what_does_not_fit_is_refused_with_its_shapes(saved, tmp_path):
+    start = build_clip(SMALL.replace(embed_dim=16)); before = {k: v.clone() for k, v in start.state_dict().items()}
+    refused(r'visual=.*of another shape: visual.head.weight \(32, 64\) for \(16, 64\)', P.initial_weights, start, f'visual={saved}')
+    assert all(torch.equal(v, before[k]) for k, v in start.state_dict().items())
+    refused(r'missing: .*decoder.weight.*a tower alone is loaded by visual=SOURCE', P.initial_weights, of_kind(DecodingConfig), str(saved))
+    refused('this model has no text tower', P.initial_weights, of_kind(OneTowerConfig), f'text={saved}')
+    one = P.save_pretrained(of_kind(OneTowerConfig), tmp_path / 'one'); refused('has no text tower', P.initial_weights, build_clip(SMALL), f'text={one}')
+    refused('ViT-B-16 has no weights; expected a run', P.initial_weights, start, 'ViT-B-16'); refused('no such directory', P.initial_weights, start, 'visual=runs/nowhere')
+
+def test_beginning_with_a_published_tag(monkeypatch, saved):
+    monkeypatch.setattr(F, '_from_hub', lambda hub, name, where, cache_dir: saved)
+    start = build_clip(SMALL)
+    assert 'ViT-H-14-CLIPA:datacomp1b' in P.initial_weights(start, 'text=ViT-H-14-CLIPA:datacomp1b') and torch.equal(start.text.embed.weight, small().text.embed.weight)
+    start = build_clip(SMALL); P.initial_weights(start, 'hf-hub:a/b'); assert torch.equal(start.visual.head.weight, small().visual.head.weight)
