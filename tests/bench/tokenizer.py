@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / '.ci'))
 from record import cpu_name
 from open_clip.tokenizer import SimpleTokenizer
-from clipa_nb.core import generator
+from clipa_nb.core import draws_of
 from clipa_nb.text_truncation import rule_tagger, text_strategy
 from clipa_nb.tokenizer import WordPiece, load_tokenizer
 from clipa_nb.toyworld import WORLDS, caption_text, scenes
@@ -45,7 +45,7 @@ def contenders(clip, bert):
         if t is None: continue
         strategies = {'none': None} | {s: text_strategy(s, rule_tagger) for s in ('truncate', 'random', 'block')}
         strategies |= {'syntax, a tag for each word': text_strategy('syntax', rule_tagger), 'syntax, a tag for each entry': text_strategy('syntax', rule_tagger, vocabulary=t.pieces, official=True)}
-        for s, f in strategies.items(): yield name, s, lambda cs, t=t, f=f: [t(cs[i:i + BATCH], CONTEXT, f, generator(0)) for i in range(0, len(cs), BATCH)]
+        for s, f in strategies.items(): yield name, s, lambda cs, t=t, f=f: [t(cs[i:i + BATCH], CONTEXT, f, draws_of(0, np.arange(i, min(i + BATCH, len(cs))))) for i in range(0, len(cs), BATCH)]
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
