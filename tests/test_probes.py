@@ -3,7 +3,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
 from clipa_nb.distributed_trainer import spawn
-from clipa_nb.probes import (TRANSFORMS, _encoded, _transformed, _wrong_in_front, all_rows, as_linear, draw_shots, effective_robustness, features, few_shot, fit_from, fit_line, fit_logistic,
+from clipa_nb.probes import (TRANSFORMS, encoded, _transformed, _wrong_in_front, all_rows, as_linear, draw_shots, effective_robustness, features, few_shot, fit_from, fit_line, fit_logistic,
                              fit_ridge, labelled_features, line_at, linear_probe, minimise, own_features, rank_counts, recall, retrieval, robustness, standardised, strip, top1)
 from clipa_nb.zero_shot import batched, evaluating, linear
 
@@ -27,8 +27,8 @@ S = torch.tensor([[.9, .1, .3, .2], [.5, .4, .1, .3], [.2, .6, .6, .1], [.8, .7,
 # ---- refusals ----
 
 @pytest.mark.parametrize('call, words', [
-    (lambda: _encoded(MODEL, dict(image=X[:2], text=T[:3]), 'cpu'), '2 images, 3 texts: give one of each for every sample'), (lambda: _encoded(MODEL, {}, 'cpu'), 'a batch with neither image nor text'),
-    (lambda: own_features(MODEL, [PAIRS[0], dict(image=X[:2])]), 'batches disagree: one has image, text, key, batch, another image, batch'), (lambda: own_features(MODEL, [dict(image=X[:2], text=T[:3])]), '2 images, 3 texts'),
+    (lambda: encoded(MODEL, dict(image=X[:2], text=T[:3])), '2 images, 3 texts: give one of each for every sample'), (lambda: encoded(MODEL, {}), 'a batch with neither image nor text'),
+    (lambda: own_features(MODEL, [PAIRS[0], dict(image=X[:2])]), 'batches disagree: one has image 8, text 8, key, batch, another image 8, batch'), (lambda: own_features(MODEL, [dict(image=X[:2], text=T[:3])]), '2 images, 3 texts'),
     (lambda: features(MODEL, []), 'there is nothing to encode'),
     (lambda: recall(torch.tensor([1, 2, 0, 1]), (5,)), 'R@5 among 4 candidates'), (lambda: retrieval(MODEL, [dict(image=X)]), "needs batches with 'image' and 'text', these have image"),
     (lambda: retrieval(MODEL, PAIRS, ks=(1000,)), 'R@1000 among 130 pairs'), (lambda: labelled_features(MODEL, DATA, classes=3), 'labels from 0 to 4: expected 0 to 2'),
