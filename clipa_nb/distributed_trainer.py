@@ -25,15 +25,24 @@ def _collective(comm, name):
     except RuntimeError as e:
         raise _lost(comm, f'waited in {name}, its call {comm.calls}', e) from e
 
+def _as_bytes(x):
+    "A boolean tensor as bytes, which every library moves and reduces; another tensor as it is."
+    return x.to(torch.uint8) if x.dtype == torch.bool else x
+
+def _operation(x, name):
+    "A reduction by name; a sum of truth values is their maximum, 'any'."
+    return getattr(dist.ReduceOp, 'MAX' if x.dtype == torch.bool else name)
+
 class _Gather(torch.autograd.Function):
     "All-gather whose backward is `reduce_scatter`."
     @staticmethod
     def forward(ctx, x_b, comm):
         ctx.comm = comm
-        x_B = x_b.new_empty(comm.size * len(x_b), *x_b.shape[1:])
+        sent = _as_bytes(x_b).contiguous()
+        x_B = sent.new_empty(comm.size * len(sent), *sent.shape[1:])
         with _collective(comm, 'gather'):
-            dist.all_gather_into_tensor(x_B, x_b.contiguous())
-        return x_B
+            dist.all_gather_into_tensor(x_B, sent)
+        return x_B.to(x_b.dtype)
 
     @staticmethod
     def backward(ctx, grad_B):
@@ -41,10 +50,10 @@ class _Gather(torch.autograd.Function):
 
 def _reduced(comm, x, op):
     "A reduced copy of a tensor."
-    y = x.detach().clone(memory_format=torch.contiguous_format)
+    y = _as_bytes(x.detach()).clone(memory_format=torch.contiguous_format)
     with _collective(comm, f'all_{op.lower()}'):
-        dist.all_reduce(y, getattr(dist.ReduceOp, op))
-    return y
+        dist.all_reduce(y, _operation(x, op))
+    return y.to(x.dtype)
 
 def _data_parallel(module, device):
     "Torch's wrapper, which sends no buffers around (torch has renamed the option that says so)."
@@ -69,8 +78,8 @@ class Ranks:
         return f'Ranks({self.rank} of {self.size})'
 
     def gather(self,
-        x_b, # [b, …], the same shape on every rank
-    ): # [B, …], the same on every rank; differentiable: what all ranks' losses ask of a row is summed
+        x_b, # [b, …] of any type, the same shape on every rank
+    ): # [B, …], the same on every rank; differentiable (floats): what all ranks' losses ask of a row is summed
         "Everybody's rows, in the order of the ranks."
         return _Gather.apply(x_b, self)
 
@@ -80,10 +89,11 @@ class Ranks:
         "Sum over ranks, then keep this rank's rows."
         if len(x_B) % self.size:
             raise UserError(f'{len(x_B)} rows cannot be shared by {self.size} ranks: use a multiple of {self.size}')
-        out_b = x_B.new_empty(len(x_B) // self.size, *x_B.shape[1:])
+        sent = _as_bytes(x_B.detach()).contiguous()
+        out_b = sent.new_empty(len(sent) // self.size, *sent.shape[1:])
         with _collective(self, 'reduce_scatter'):
-            dist.reduce_scatter_tensor(out_b, x_B.detach().contiguous())
-        return out_b
+            dist.reduce_scatter_tensor(out_b, sent, _operation(x_B, 'SUM'))
+        return out_b.to(x_B.dtype)
 
     def all_sum(self,
         x, # any tensor, the same shape on every rank
@@ -96,6 +106,11 @@ class Ranks:
     ): # a new tensor, the same on every rank; not differentiable
         "The maximum over ranks: for limits and flags. With two signs turned it is the minimum."
         return _reduced(self, x, 'MAX')
+
+    def barrier(self):
+        "Go on when every rank has come here; asked on the CPU, so that no GPU is kept waiting."
+        with _collective(self, 'barrier'):
+            dist.all_reduce(torch.zeros(1))
 
     def wrap(self,
         module: nn.Module, # its forward computes all that the loss is made from; it holds every trained parameter
@@ -229,7 +244,7 @@ def watch(
         comm.post_message(f'stopped with {type(e).__name__}: {e}')
         raise
 
-# %% ../nbs/14_distributed_trainer.ipynb #c037
+# %% ../nbs/14_distributed_trainer.ipynb #c039
 LAUNCH = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 def rank_device(

@@ -4,25 +4,32 @@
 
 # %% auto #0
 __all__ = ['TOY', 'J', 'H14', 'T', 'LAION', 'L16', 'H14_70PX', 'L14', 'BIGG14', 'L16_T16', 'B16_T16', 'RECIPES', 'H14_UNMASKED',
-           'STUDIES', 'Stage', 'Data', 'Recipe', 'stage_model', 'study', 'recipe', 'changes', 'stage_plan', 'smoke',
-           'train_config', 'stage_transform', 'toy_tagger', 'stage_text', 'toy_world', 'toy_samples', 'check_toy']
+           'STUDIES', 'changes', 'Stage', 'Recipe', 'stage_model', 'stage_objective', 'stage_data', 'toy_tagger',
+           'ToyData', 'toy_world', 'toy_phrases', 'study', 'recipe', 'stage_plan', 'smoke', 'train_config',
+           'stage_transform', 'stage_text']
 
 # %% ../nbs/18_recipes.ipynb #c002
-import io
+import io, json
 from dataclasses import dataclass, field
-from .core import Config, UserError, unknown
+from pathlib import Path
+from tqdm.auto import tqdm
+from .core import LOCAL, Config, UserError, load_user_code, unknown
 from .cost import Tower, memory, plan
 from .clip import ModelConfig, model_config
+from .data import PairData, Shards, Source
 from .engine.pictures import Transform
-from .optimization import lr_for
+from .engine.shards import write_shards
+from .infonce import ContrastiveConfig, ObjectiveConfig
+from .optimization import AdamW, Cosine, Schedule, lr_for
 from .text_truncation import lexicon_tagger, rule_tagger, text_strategy
 from .token_dropping import n_keep
+from .tokenizer import LearntVocabulary, Vocabulary
 from .trainer import TrainConfig
 
 # %% ../nbs/18_recipes.ipynb #c005
 @dataclass(frozen=True)
 class Stage(Config):
-    "One stage of training: lengths, amount, optimiser."
+    "One stage of training: lengths, amount, optimiser, and how a batch is cut to fit."
     name: str = 'reduced' # appears in the log
     image_size: int = 32 # pixels; resizing is the first image strategy
     image_strategy: str = 'none' # 'none', 'random', 'grid' or 'block': which patches are kept in training
@@ -32,24 +39,26 @@ class Stage(Config):
     samples: int = 128 # image–text pairs seen
     batch_size: int = 128 # global: over all ranks and chunks
     base_lr: float = 3e-3 # peak learning rate per 256 samples
-    warmup: int = 100 # steps
-    shift: int = 0 # 1: the warm-up counts from 1, as in the torch code; 0: its first step has rate 0
-    weight_decay: float = 0.2 # AdamW's, of what decays
-    decay: str = 'kernels' # what decays: a key of chapter 12's `DECAYS`
-    decayed: tuple[str, ...] = () # name patterns of parameters that decay as well
-    beta2: float = 0.95 # AdamW's second; the first is 0.9
-    eps: float = 1e-8 # AdamW's
+    schedule: Schedule = Cosine() # the rate over the steps
+    optimizer: Config = AdamW() # builds an optimiser over the model and the objective
     max_scale: float = 0. # clamp of the temperature; 0: none
+    grad_clip: float = 0. # largest gradient norm; 0: no clipping
+    ema: float = 0. # decay of the moving average of the weights; 0: none is kept
     crop: tuple[float, float] = (0.4, 1.) # share of the image's area that a training crop keeps
     jitter: float = 0. # probability of colour jitter (0.8 in the papers' "J")
     gray: float = 0. # probability of dropping colour (0.2 in "J")
     frozen: tuple[str, ...] = () # name patterns of parameters that do not learn
+    rates: tuple[tuple[str, float], ...] = () # (name pattern, multiple of the learning rate)
+    micro_batch: int = 0 # samples a GPU holds at a time; 0: its whole share of the batch
+    checkpointing: str = 'none' # 'none', 'full' or 'selective': what is kept for the backward pass
+    objective: ObjectiveConfig | None = None # None: the recipe's
+    data: PairData | None = None # None: the recipe's
 
     def __post_init__(self):
-        least = dict(samples=1, batch_size=1, base_lr=0, warmup=0, weight_decay=0, beta2=0, eps=0)
+        least = dict(samples=1, batch_size=1, base_lr=0, grad_clip=0, ema=0, micro_batch=0)
         for field, low in least.items():
-            value, high = getattr(self, field), 1 if field == 'beta2' else float('inf')
-            below = ' and less than 1' if field == 'beta2' else ''
+            value, high = getattr(self, field), 1 if field == 'ema' else float('inf')
+            below = ' and less than 1' if field == 'ema' else ''
             if low <= value < high: continue
             raise UserError(f'stage {self.name}: {field} is {value}, expected {low} or more{below}')
 
@@ -59,47 +68,129 @@ class Stage(Config):
     @property
     def lr(self) -> float: return lr_for(self.base_lr, self.batch_size)
 
-# %% ../nbs/18_recipes.ipynb #c008
-@dataclass(frozen=True)
-class Data(Config):
-    "Where the pairs come from."
-    kind: str = 'shards' # 'shards': given by the user; 'toy': drawn from the toy world into shards
-    name: str = '' # the name of a toy world, or of the data set the paper used
-    n: int = 0 # distinct pairs
-    size: int = 64 # pixels of a toy picture
-    quality: int = 90 # of its JPEG
-    dials: tuple[tuple[str, float], ...] = () # changes to the toy world, such as (('glyphs', 0.1),)
+    @property
+    def rules(self) -> tuple:
+        "What is frozen and what learns at another rate, as an optimiser's `build` takes it."
+        return (*((pattern, 'frozen') for pattern in self.frozen), *self.rates)
 
-# %% ../nbs/18_recipes.ipynb #c011
+# %% ../nbs/18_recipes.ipynb #c009
 @dataclass(frozen=True)
 class Recipe(Config):
-    "A whole run: model, data, tokenizer, and its stages in order."
+    "A whole run: what is trained, on what, against what, in which stages."
     name: str = 'recipe'
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: Data = field(default_factory=Data)
-    tokenizer: str = 'bert-base-uncased' # 'toy': learnt from the captions; else a name or path for `load_tokenizer`
+    model: ModelConfig = field(default_factory=ModelConfig) # `at(stage).build()` is the model
+    objective: ObjectiveConfig = ContrastiveConfig() # `build(model)` is the objective
+    data: PairData = PairData() # `open(…)` gives the pairs
+    tokenizer: Config = Vocabulary() # `open(…)` gives the tokenizer
     stages: tuple[Stage, ...] = (Stage(),)
+    init_from: tuple[str, ...] = () # SOURCE, 'visual=SOURCE' or 'text=SOURCE': a run, a model directory, hf-hub:…
+    evaluations: tuple[str, ...] = () # kinds, such as 'app.exam:ToyExam'
 
     def with_stages(self, *changes, **shared):
         "A copy whose stage i has `changes[i]` (a dict) and all have `shared`."
         own = list(changes) + [{}] * (len(self.stages) - len(changes))
         return self.replace(stages=tuple(s.replace(**{**shared, **c}) for s, c in zip(self.stages, own)))
 
-# %% ../nbs/18_recipes.ipynb #c014
+# %% ../nbs/18_recipes.ipynb #c012
 def stage_model(
     recipe: Recipe, # the run
     i: int, # which stage
-) -> ModelConfig: # with that stage's image size, context length and dropping
+) -> ModelConfig: # with that stage's image size, context length, dropping and checkpointing
     "The model's configuration in one stage."
-    s = recipe.stages[i]
-    lengths = dict(image_size=s.image_size, context_length=s.context_length)
-    return recipe.model.replace(**lengths, image_strategy=s.image_strategy, image_ratio=s.image_ratio)
+    return recipe.model.at(recipe.stages[i])
 
-# %% ../nbs/18_recipes.ipynb #c017
+def stage_objective(
+    recipe: Recipe, # the run
+    i: int, # which stage
+) -> ObjectiveConfig: # the stage's own, or the recipe's
+    "What one stage is trained against."
+    return recipe.stages[i].objective or recipe.objective
+
+def stage_data(
+    recipe: Recipe, # the run
+    i: int, # which stage
+) -> PairData: # the stage's own, or the recipe's
+    "The pairs of one stage."
+    return recipe.stages[i].data or recipe.data
+
+# %% ../nbs/18_recipes.ipynb #c015
+def toy_tagger():
+    "The tagger that knows every word of the toy world."
+    from clipa_nb.engine.writer import lexicon
+    return lexicon_tagger(lexicon())
+
+@dataclass(frozen=True)
+class ToyData(PairData):
+    "Pairs drawn from a toy world, into shards."
+    name: str = 'demo' # of the world
+    n: int = 10_000 # distinct pairs
+    size: int = 64 # pixels of a picture
+    quality: int = 90 # of its JPEG
+    dials: tuple[tuple[str, float], ...] = () # changes to the world, such as (('glyphs', 0.1),)
+
+    def samples(self, seed: int = 0, split: str = 'train'):
+        "Yields `(key, jpeg bytes, caption, json)` for `write_shards`."
+        from PIL import Image
+        from clipa_nb.toyworld import boxes, caption_text, labels, render, scenes
+        world = toy_world(self)
+        for start in range(0, self.n, 500):
+            part = scenes(world, seed, range(start, min(start + 500, self.n)), split)
+            pictures = render(part, self.size).permute(0, 2, 3, 1).numpy()
+            about = zip(caption_text(part), labels(part).tolist(), boxes(part).tolist(), toy_phrases(part))
+            for i, (pixels, (text, label, found, phrases)) in enumerate(zip(pictures, about)):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, 'JPEG', quality=self.quality, subsampling=0)
+                found = [[round(v, 4) for v in box] for box in found[:len(phrases)]]
+                yield f'{start + i:09d}', buffer.getvalue(), text, dict(label=label, boxes=found, box_text=phrases)
+
+    def open(self, where: str = '', folder=None, seed: int = 0, comm=LOCAL) -> Source:
+        "What the user gives instead, or the shards in `folder/data`, which rank 0 draws where they are not there yet."
+        if where or self.path: return super().open(where, folder, seed, comm)
+        folder = Path(folder) / 'data'
+        if comm.rank == 0 and not (folder / 'sizes.json').exists():
+            quiet = None if self.n > 1000 else True # None: a bar on a terminal only
+            bar = tqdm(self.samples(seed), total=self.n, desc='drawing the toy world', unit='img', disable=quiet)
+            write_shards(bar, folder, per_shard=5000)
+        comm.barrier()
+        return Shards(str(folder))
+
+    def check(self, where: str = ''):
+        "Draw one picture; raises `UserError` for a world, a dial, a number or a size that cannot be drawn."
+        if where or self.path: return super().check(where)
+        if not list(self.replace(n=min(1, self.n)).samples()):
+            raise UserError(f'a toy world of {self.n} pairs: expected 1 or more')
+
+    def words(self) -> list:
+        "Every word that a caption may hold: a vocabulary that is learnt from few captions needs to know them all."
+        from clipa_nb.engine.writer import lexicon
+        return sorted(lexicon())
+
+    def tagger(self):
+        "Exact tags for the text strategies: the world that wrote the words knows what they are."
+        return toy_tagger()
+
+def toy_world(
+    data: ToyData, # the name of a world, and changes to its dials
+): # a `World`; raises `UserError` for a name or a dial it does not have
+    "The toy world of a recipe."
+    from clipa_nb.toyworld import WORLDS
+    if data.name not in WORLDS: raise unknown('toy world', data.name, WORLDS)
+    return WORLDS[data.name].replace(**dict(data.dials))
+
+def toy_phrases(
+    scenes, # from the toy world
+) -> list: # for each scene, a phrase for each of its objects, such as 'red star'
+    "What is in the boxes."
+    from clipa_nb.toyworld import COLOURS, SHAPE_NAMES, class_names
+    nouns, hues = [*SHAPE_NAMES, *class_names('digits'), *class_names('letters')], list(COLOURS)
+    rows = zip(scenes.count.tolist(), scenes.colour.tolist(), scenes.kind.tolist())
+    return [[f'{hues[c]} {nouns[k]}' for c, k in zip(colours[:n], kinds[:n])] for n, colours, kinds in rows]
+
+# %% ../nbs/18_recipes.ipynb #c018
 TOY = Recipe(
     name='toy',
-    tokenizer='toy',
-    data=Data(kind='toy', name='demo', dials=(('glyphs', 0.1), ('say_colour', 0.9)), n=60_000),
+    tokenizer=LearntVocabulary(),
+    data=ToyData(name='demo', dials=(('glyphs', 0.1), ('say_colour', 0.9)), n=60_000),
     model=ModelConfig(
         image=Tower(width=128, depth=4, heads=4, mlp=512),
         text=Tower(width=128, depth=2, heads=4, mlp=512),
@@ -109,58 +200,59 @@ TOY = Recipe(
     stages=(
         Stage(
             name='reduced', image_size=32, context_length=9, text_strategy='syntax', samples=256_000, batch_size=128,
-            base_lr=3e-3, warmup=100, weight_decay=0.1, crop=(1., 1.),
+            base_lr=3e-3, schedule=Cosine(warmup=100), optimizer=AdamW(weight_decay=0.1), crop=(1., 1.),
         ),
         Stage(
             name='full', image_size=64, context_length=17, text_strategy='truncate',
             image_strategy='random', image_ratio=0.3, samples=57_600, batch_size=128,
-            base_lr=2.4e-3, warmup=50, weight_decay=0.1, crop=(1., 1.),
+            base_lr=2.4e-3, schedule=Cosine(warmup=50), optimizer=AdamW(weight_decay=0.1), crop=(1., 1.),
         ),
     ),
+    evaluations=('app.exam:ToyExam',),
 )
 
-# %% ../nbs/18_recipes.ipynb #c020
+# %% ../nbs/18_recipes.ipynb #c021
 J = dict(jitter=0.8, gray=0.2)
 
 H14 = Recipe(
     name='clipa-v2-h14',
     model=model_config('ViT-H-14-CLIPA-336'),
-    data=Data(name='DataComp-1B', n=1_280_000_000),
+    data=PairData(name='DataComp-1B', n=1_280_000_000),
     stages=(
         Stage(
             name='84px', image_size=84, context_length=8, text_strategy='syntax',
-            samples=195_490 * 65_536, batch_size=65_536, base_lr=8e-6, warmup=3200, **J,
+            samples=195_490 * 65_536, batch_size=65_536, base_lr=8e-6, schedule=Cosine(warmup=3200), **J,
         ),
         Stage(
             name='224px', image_size=224, context_length=32, text_strategy='truncate',
             image_strategy='random', image_ratio=0.3,
-            samples=16_000 * 32_768, batch_size=32_768, base_lr=4e-7, warmup=800, **J,
+            samples=16_000 * 32_768, batch_size=32_768, base_lr=4e-7, schedule=Cosine(warmup=800), **J,
         ),
         Stage(
             name='336px', image_size=336, context_length=32, text_strategy='truncate',
             image_strategy='random', image_ratio=0.4,
-            samples=8_000 * 16_384, batch_size=16_384, base_lr=1e-7, warmup=1600, **J,
+            samples=8_000 * 16_384, batch_size=16_384, base_lr=1e-7, schedule=Cosine(warmup=1600), **J,
         ),
     ),
 )
 
-# %% ../nbs/18_recipes.ipynb #c023
-T = dict(max_scale=100., eps=1e-6, decay='matrices', shift=1) # the torch code's optimiser
-LAION = Data(name='LAION-400M', n=407_332_084)
+# %% ../nbs/18_recipes.ipynb #c024
+T = dict(max_scale=100., optimizer=AdamW(eps=1e-6, decay='matrices')) # the torch code's optimiser
+LAION = PairData(name='LAION-400M', n=407_332_084)
 
 L16 = H14.replace(
     name='clipa-v1-l16-i37-t8',
-    tokenizer='clip',
+    tokenizer=Vocabulary('clip'),
     model=model_config('ViT-L-16-CL8-GAP').replace(positions='mae'),
     data=LAION,
     stages=(
         Stage(
             name='96px', image_size=96, context_length=8, text_strategy='syntax',
-            samples=6 * LAION.n, batch_size=32_768, base_lr=8e-6, warmup=1563, **T, **J,
+            samples=6 * LAION.n, batch_size=32_768, base_lr=8e-6, schedule=Cosine(warmup=1563, shift=1), **T, **J,
         ),
         Stage(
             name='224px', image_size=224, context_length=32, text_strategy='truncate',
-            samples=131_072_000, batch_size=7_168, base_lr=8e-7, warmup=3571, **T, **J,
+            samples=131_072_000, batch_size=7_168, base_lr=8e-7, schedule=Cosine(warmup=3571, shift=1), **T, **J,
         ),
     ),
 )
@@ -174,8 +266,8 @@ L14 = H14.replace(name='clipa-v2-l14', model=model_config('ViT-L-14-CLIPA-336'))
 
 BIGG14 = H14.replace(name='clipa-v2-bigg14', model=model_config('ViT-bigG-14-CLIPA-336')).with_stages(
     dict(base_lr=4e-6),
-    dict(batch_size=16_384, base_lr=4e-7, warmup=0, image_ratio=0.4),
-    decayed=('text.embed.weight', 'visual.prefix.*'),
+    dict(batch_size=16_384, base_lr=4e-7, schedule__warmup=0, image_ratio=0.4),
+    optimizer__decayed=('text.embed.weight', 'visual.prefix.*'),
 )
 
 L16_T16 = L16.replace(
@@ -190,14 +282,15 @@ B16_T16 = L16.replace(
     name='clipa-v1-b16-i50-t16',
     model=model_config('ViT-B-16-CL16').replace(positions='mae'),
 ).with_stages(
-    dict(name='112px', image_size=112, context_length=16, text_strategy='truncate', batch_size=65_536, warmup=782),
-    dict(context_length=16, batch_size=8_192, warmup=3072),
+    dict(name='112px', image_size=112, context_length=16, text_strategy='truncate', batch_size=65_536,
+         schedule__warmup=782),
+    dict(context_length=16, batch_size=8_192, schedule__warmup=3072),
     jitter=0., gray=0.,
 )
 
 RECIPES = {r.name: r for r in (TOY, H14, H14_70PX, L14, BIGG14, L16, L16_T16, B16_T16)}
 
-# %% ../nbs/18_recipes.ipynb #c026
+# %% ../nbs/18_recipes.ipynb #c027
 def study(
     size: str, # 'S/16' or 'B/16'
     px: int, # pixels of stage 1
@@ -207,68 +300,77 @@ def study(
     model = model_config(f"ViT-{size.replace('/', '-')}-CLIPA").replace(pool='cls', resize_mode='shortest')
     full = Stage(
         name='224px', image_size=224, context_length=32, text_strategy='truncate',
-        samples=4_000 * 32_768, batch_size=32_768, base_lr=8e-7, warmup=800,
+        samples=4_000 * 32_768, batch_size=32_768, base_lr=8e-7, schedule=Cosine(warmup=800),
     )
-    short = full.replace(name=f'{px}px', image_size=px, samples=7 * LAION.n, base_lr=8e-6, warmup=1600)
+    short = full.replace(name=f'{px}px', image_size=px, samples=7 * LAION.n, base_lr=8e-6, schedule=Cosine(warmup=1600))
     return H14.replace(name=f'clipa-jax-{name}-i{tokens}-t32', model=model, data=LAION, stages=(short, full))
 
 H14_UNMASKED = H14.replace(name='clipa-v2-h14-unmasked', stages=(
     H14.stages[0],
     H14.stages[1].replace(
-        image_strategy='none', image_ratio=0., samples=8_000 * 16_384, batch_size=16_384, base_lr=8e-7, warmup=1600,
-        jitter=0., gray=0.,
+        image_strategy='none', image_ratio=0., samples=8_000 * 16_384, batch_size=16_384, base_lr=8e-7,
+        schedule=Cosine(warmup=1600), jitter=0., gray=0.,
     ),
 ))
 
 STUDIES = (study('S/16', 64), study('S/16', 112), study('B/16', 64), study('B/16', 112), study('B/16', 160))
 RECIPES |= {r.name: r for r in (H14_UNMASKED, *STUDIES)}
 
-# %% ../nbs/18_recipes.ipynb #c029
+# %% ../nbs/18_recipes.ipynb #c030
 def recipe(
-    name: str, # one of `RECIPES`
+    name: str, # one of `RECIPES`, 'file.json', or 'path.py:NAME'
 ) -> Recipe: # raises `UserError`, with the nearest names, for an unknown one
-    "A recipe by its name."
-    if name not in RECIPES: raise unknown('recipe', name, RECIPES)
-    return RECIPES[name]
+    "A recipe by its name, or from a file."
+    path, _, inside = str(name).rpartition(':')
+    if path.endswith('.py') or str(name).endswith('.py'): return _recipe_in(path or name, inside if path else '')
+    if str(name).endswith('.json'): return _recipe_read(Path(name).expanduser())
+    if name in RECIPES: return RECIPES[name]
+    raise UserError(f'{unknown("recipe", name, RECIPES)} (or give file.json, or path.py:NAME)')
 
-# %% ../nbs/18_recipes.ipynb #c032
-def changes(
-    a: Recipe, # from
-    b: Recipe, # to
-) -> dict: # 'stage 0 image_size' → (before, after)
-    "Every field in which two recipes differ, stage by stage."
-    out = a.replace(stages=()).diff(b.replace(stages=()))
-    for i, (s, t) in enumerate(zip(a.stages, b.stages)):
-        out.update({f'stage {i} {k}': v for k, v in s.diff(t).items()})
-    if len(a.stages) != len(b.stages): out['stages'] = (len(a.stages), len(b.stages))
-    return out
+def _recipe_in(path, name):
+    "A recipe of a user's Python file."
+    found = {k: v for k, v in vars(load_user_code(path)).items() if isinstance(v, Recipe)}
+    if name in found: return found[name]
+    if name: raise unknown(f'recipe in {path}', name, found)
+    raise UserError(f"{path}: say which recipe: {' or '.join(f'{path}:{k}' for k in found) or 'it defines none'}")
 
-# %% ../nbs/18_recipes.ipynb #c035
+def _recipe_read(path):
+    "A recipe from JSON: its own, or that of a plan or of a saved model."
+    try: d = json.loads(path.read_text())
+    except OSError as e: raise UserError(f'{path}: {e.strerror}; expected a recipe as JSON') from e
+    except ValueError as e: raise UserError(f'{path} is not JSON ({e}): expected what clipa recipes --json prints') from e
+    if isinstance(d, dict) and isinstance(d.get('recipe'), dict): d = d['recipe']
+    try: return Recipe.from_dict(d)
+    except UserError as e: raise UserError(f'{path}: {e}') from e
+
+# %% ../nbs/18_recipes.ipynb #c033
+changes = Recipe.diff # (a, b) → {'stages.0.image_size': (a's value, b's value)}
+
+# %% ../nbs/18_recipes.ipynb #c036
 def stage_plan(
     recipe: Recipe, # the run
     i: int, # which stage
     ranks: int = 1, # devices that share the batch
-    per_rank: int = 0, # samples a device holds at a time; 0: its whole share
 ) -> dict: # tokens, steps, samples, FLOPs, bytes on one device; raises `UserError` for impossible sizes
     "What one stage will take."
     s, m = recipe.stages[i], stage_model(recipe, i)
     if s.context_length < 2:
         no_room = f'a context of {s.context_length} has no room for a word beside the special token'
         raise UserError(f'stage {s.name}: {no_room}: use 2 or more')
-    n = s.image_size // m.patch
-    if s.image_size % m.patch:
+    n, trunk = s.image_size // m.patch, getattr(m, 'image_trunk', '') # a trunk of another make has patches of its own
+    if s.image_size % m.patch and not trunk:
         near = ' or '.join(str(k * m.patch) for k in (n, max(n + 1, 1)) if k > 0)
         misfit = f'an image of {s.image_size} pixels is not divisible by the patch of {m.patch}'
         raise UserError(f'stage {s.name}: {misfit}: use {near}')
     tokens = n_keep(s.image_strategy, (n, n), s.image_ratio) + m.cls
     share = -(-s.batch_size // ranks)
-    at_once = min(per_rank or share, share)
+    at_once = min(s.micro_batch or share, share)
     held = dict(checkpointing=m.checkpointing, vocab=m.vocab_size, context=s.context_length)
     numbers = plan(m, tokens, s.context_length, s.batch_size, s.steps, s.image_size, ranks, **held)
     memory_bytes = memory(m, tokens, s.context_length, at_once, ranks, tile=4096, **held)['total']
     return dict(stage=s.name, **numbers) | dict(memory_bytes=memory_bytes)
 
-# %% ../nbs/18_recipes.ipynb #c040
+# %% ../nbs/18_recipes.ipynb #c041
 def smoke(
     recipe: Recipe, # any recipe
     steps: int = 8, # of each stage
@@ -276,31 +378,45 @@ def smoke(
 ) -> Recipe: # the same code paths, in seconds on a CPU
     "The smoke twin of a recipe."
     def small(tower): return tower.replace(width=64, depth=2, heads=4, mlp=128)
-    m = recipe.model
-    model = m.replace(image=small(m.image), text=small(m.text), embed_dim=64, vocab_size=256)
-    sizes = [dict(image_size=min(s.image_size, 8 * m.patch), base_lr=1e-3) for s in recipe.stages]
-    twin = recipe.replace(tokenizer='toy', data=TOY.data.replace(n=512), model=model)
-    return twin.with_stages(*sizes, samples=steps * batch, batch_size=batch, warmup=2)
 
-# %% ../nbs/18_recipes.ipynb #c043
+    def few(data):
+        if data is None: return None
+        return TOY.data.replace(n=512) if type(data) is PairData else data.replace(n=min(data.n, 512))
+
+    def twin(stage):
+        brief = {'schedule': stage.schedule.replace(warmup=2)} if hasattr(stage.schedule, 'warmup') else {}
+        size = min(stage.image_size, 8 * recipe.model.patch)
+        amounts = dict(samples=steps * batch, batch_size=batch, micro_batch=0, base_lr=1e-3)
+        return stage.replace(image_size=size, data=few(stage.data), **amounts, **brief)
+
+    learnt = type(recipe.tokenizer) in (Vocabulary, LearntVocabulary)
+    words = dict(vocab_size=256) if learnt else {} # a tokenizer of another kind keeps its own size
+    model = recipe.model.replace(image=small(recipe.model.image), text=small(recipe.model.text), embed_dim=64, **words)
+    data = few(recipe.data)
+    asked = TOY.evaluations if isinstance(data, ToyData) else ()
+    return recipe.replace(
+        model=model, data=data, tokenizer=LearntVocabulary() if learnt else recipe.tokenizer,
+        stages=tuple(map(twin, recipe.stages)), init_from=(), evaluations=recipe.evaluations or asked)
+
+# %% ../nbs/18_recipes.ipynb #c044
 def train_config(
     stage: Stage, # what to do
     precision: str = 'fp32', # 'fp32' or 'amp_bf16'
     ranks: int = 1, # processes that share the batch
-    per_rank: int = None, # samples a rank holds at a time; None: its whole share
     **kw, # other fields of `TrainConfig`, such as `save_every`
 ) -> TrainConfig: # raises `UserError` where the batch cannot be shared
     "The trainer's configuration of a stage."
     if stage.batch_size % ranks:
         wrong = f'a global batch of {stage.batch_size} cannot be shared by {ranks} ranks'
         raise UserError(f'{wrong}: use a multiple of {ranks}')
-    share = stage.batch_size // ranks
-    chunks = -(-share // per_rank) if per_rank else 1
-    warmup = min(stage.warmup, stage.steps // 2)
-    return TrainConfig(steps=stage.steps, lr=stage.lr, warmup=warmup, max_scale=stage.max_scale, shift=stage.shift,
-                       chunks=chunks, precision=precision, **kw)
+    share, schedule = stage.batch_size // ranks, stage.schedule
+    chunks = -(-share // stage.micro_batch) if stage.micro_batch else 1
+    for ramp in ('warmup', 'cooldown'):
+        if hasattr(schedule, ramp): schedule = schedule.replace(**{ramp: min(getattr(schedule, ramp), stage.steps // 2)})
+    return TrainConfig(steps=stage.steps, lr=stage.lr, schedule=schedule, max_scale=stage.max_scale, chunks=chunks,
+                       grad_clip=stage.grad_clip, ema=stage.ema, precision=precision, **kw)
 
-# %% ../nbs/18_recipes.ipynb #c046
+# %% ../nbs/18_recipes.ipynb #c047
 def stage_transform(
     stage: Stage, # the size, crop and jitter
     model: ModelConfig, # its interpolation
@@ -309,59 +425,14 @@ def stage_transform(
     return Transform(size=stage.image_size, scale=stage.crop, interpolation=model.interpolation,
                      jitter=stage.jitter, gray=stage.gray, mode='crop')
 
-# %% ../nbs/18_recipes.ipynb #c049
-def toy_tagger():
-    "The tagger that knows every word of the toy world."
-    from clipa_nb.engine.writer import lexicon
-    return lexicon_tagger(lexicon())
-
-# %% ../nbs/18_recipes.ipynb #c052
+# %% ../nbs/18_recipes.ipynb #c050
 def stage_text(
-    recipe: Recipe, # whose data decides the tagger
+    recipe: Recipe, # whose data may bring a tagger
     i: int, # which stage
     tokenizer=None, # of the run: version 2 asks for its pieces
-): # a text strategy
+): # a text strategy; raises `UserError` for an unknown one
     "Which words of a caption stay."
-    name = recipe.stages[i].text_strategy
-    if recipe.data.kind == 'toy': return text_strategy(name, toy_tagger())
-    pieces = getattr(tokenizer, 'pieces', None) if recipe.tokenizer == 'bert-base-uncased' else None
-    return text_strategy(name, rule_tagger, vocabulary=pieces, official=pieces is not None)
-
-# %% ../nbs/18_recipes.ipynb #c055
-def toy_world(
-    data: Data, # the name of a world, and changes to its dials
-): # a `World`; raises `UserError` for a name or a dial it does not have
-    "The toy world of a recipe."
-    from clipa_nb.toyworld import WORLDS
-    if data.name not in WORLDS: raise unknown('toy world', data.name, WORLDS)
-    return WORLDS[data.name].replace(**dict(data.dials))
-
-# %% ../nbs/18_recipes.ipynb #c058
-def toy_samples(
-    data: Data, # which world, how many, how large
-    seed: int = 0, # of the run
-    split: str = 'train', # of the world
-):
-    "Yields `(key, jpeg bytes, caption, json)` for `write_shards`."
-    from PIL import Image
-    from clipa_nb.toyworld import caption_text, labels, render, scenes
-    world = toy_world(data)
-    for start in range(0, data.n, 500):
-        part = scenes(world, seed, range(start, min(start + 500, data.n)), split)
-        pictures = render(part, data.size).permute(0, 2, 3, 1).numpy()
-        for i, (pixels, text, label) in enumerate(zip(pictures, caption_text(part), labels(part))):
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, 'JPEG', quality=data.quality, subsampling=0)
-            yield f'{start + i:09d}', buffer.getvalue(), text, {'label': int(label)}
-
-# %% ../nbs/18_recipes.ipynb #c061
-def check_toy(
-    recipe: Recipe, # any; one that is no toy has nothing to draw
-    seed: int = 0, # of the run
-): # raises `UserError` for a world, a dial, a number or a size that cannot be drawn
-    "Draw one picture in every size that a toy run needs."
-    if recipe.data.kind != 'toy': return
-    few = recipe.data.replace(n=min(1, recipe.data.n))
-    for size in sorted({recipe.data.size, *(s.image_size for s in recipe.stages)}):
-        drawn = list(toy_samples(few.replace(size=size), seed))
-        if not drawn: raise UserError(f'a toy world of {recipe.data.n} pairs: expected 1 or more')
+    name, data = recipe.stages[i].text_strategy, stage_data(recipe, i)
+    if hasattr(data, 'tagger'): return text_strategy(name, data.tagger())
+    official = getattr(tokenizer, 'published', '') == 'bert-base-uncased'
+    return text_strategy(name, rule_tagger, vocabulary=tokenizer.pieces if official else None, official=official)

@@ -56,7 +56,7 @@ def _fill(words, order, k):
 def _order(u, n):
     "The places 0 … n − 1 by ascending number, the first of equals first; `UserError` where u has fewer than n."
     _need(u, n)
-    return np.argsort(np.asarray(u[:n]), kind='stable').tolist()
+    return np.asarray(u)[:n].argsort(kind='stable').tolist()
 
 def _need(u, n):
     if not hasattr(u, '__len__') or len(u) < n:
