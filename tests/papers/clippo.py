@@ -1,5 +1,6 @@
 "CLIPPO in miniature: one tower reads pictures and pictures of text; there is no tokenizer (Tschannen et al. 2022)."
 from dataclasses import dataclass
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from clipa_nb.clip import CLIP, ModelConfig
@@ -15,7 +16,7 @@ class Renderer:
         image = Image.new('RGB', (self.size, self.size), (127, 127, 127))
         lines = [text[i:i + self.size // 6] for i in range(0, len(text), self.size // 6)]
         ImageDraw.Draw(image).multiline_text((0, 0), '\n'.join(lines), fill=(0, 0, 0), font=self.font, spacing=0)
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def __call__(self, texts, context_length=None, strategy=None, draw=None):
         return torch.stack([self.draw_one(t) for t in ([texts] if isinstance(texts, str) else texts)])

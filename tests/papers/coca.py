@@ -9,7 +9,7 @@ from clipa_nb.recipes import recipe, smoke
 from clipa_nb.transformer import CAUSAL, Encoder, init_encoder
 
 class CoCa(CLIP):
-    "The text tower's tokens go on through blocks that look at the picture's tokens; the decoder is needed at inference, so it is the model's."
+    "The text tower's tokens go on through blocks that look at the picture; inference needs them: they are the model's."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         t, i = self.cfg.text, self.cfg.image
@@ -45,7 +45,7 @@ class Captioning(Contrastive):
         z_image, out = model.visual(model.pixels(batch['image']), draw=batch['draw'])
         logits_bTV = model.caption_logits(out['tokens'], batch['caption'][:, :-1])
         right_bT = batch['caption'][:, 1:]
-        each_bT = F.cross_entropy(logits_bTV.transpose(1, 2).float(), right_bT, ignore_index=0, reduction='none')
+        each_bT = F.cross_entropy(logits_bTV.transpose(1, 2), right_bT, ignore_index=0, reduction='none')
         caption_b = each_bT.sum(1) / right_bT.ne(0).sum(1).clamp_min(1)
         return dict(image=model.unit(z_image), text=model.encode_text(batch['text'], normalize=True), caption=caption_b)
 

@@ -1,24 +1,25 @@
 "FILIP in miniature: the similarity of a picture and a caption is that of their best-matching tokens (Yao et al. 2021)."
 from dataclasses import dataclass
 import torch
-import torch.nn.functional as F
 from clipa_nb.clip import CLIP, ModelConfig
-from clipa_nb.infonce import Objective, ObjectiveConfig, contrastive, row_mean
+from clipa_nb.infonce import Objective, ObjectiveConfig, partner_loss, row_mean
 from clipa_nb.recipes import recipe, smoke
 
 class Filip(CLIP):
     def embed(self, batch):
         out = {}
-        if 'image' in batch: out['image'] = self.unit(self.visual.head(self.visual(self.pixels(batch['image']), draw=batch.get('draw'))[1]['tokens']))
+        if 'image' in batch:
+            tokens = self.visual(self.pixels(batch['image']), draw=batch.get('draw'))[1]['tokens']
+            out['image'] = self.unit(self.visual.head(tokens))
         if 'text' in batch:
             tokens, mask = (self.text(batch['text'])[1][k] for k in ('tokens', 'mask'))
             out['text'] = dict(tokens=self.unit(self.text.head(tokens)), mask=mask)
         return out
 
     def token_similarities(self, image_nNE, text):
-        "Both directions, [n,m]: mean over patches of the best word, mean over words of the best patch; padding counts nowhere."
+        "Both directions, [n,m]: over patches the mean of the best word, over words that of the best patch; no padding."
         s_nmNT = torch.einsum('nie,mte->nmit', image_nNE, text['tokens'])
-        words = text['mask'][None].float()
+        words = text['mask'][None].to(s_nmNT.dtype)
         to_text = s_nmNT.masked_fill(~text['mask'][None, :, None], -torch.inf).amax(3).mean(2)
         return to_text, (s_nmNT.amax(2) * words).sum(2) / words.sum(2)
 
@@ -35,14 +36,10 @@ class TokenWise(Objective):
         return dict(image=z['image'], **z['text'])
 
     def loss(self, features, model, batch, comm):
-        image, text = features['image'], {k: features[k] for k in ('tokens', 'mask')}
-        everybody = {k: comm.gather(v) for k, v in features.items()}
-        own_b = comm.rank * len(image) + torch.arange(len(image), device=image.device)
-        wrong_bB = ~comm.gather(batch['valid']) & ~F.one_hot(own_b, len(everybody['image'])).bool()
-        scale = model.logit_scale.exp()
-        to_text = (scale * model.token_similarities(image, everybody)[0]).masked_fill(wrong_bB, -torch.inf)
-        to_image = (scale * model.token_similarities(everybody['image'], text)[1].T).masked_fill(wrong_bB, -torch.inf)
-        rows_b = (F.cross_entropy(to_text, own_b, reduction='none') + F.cross_entropy(to_image, own_b, reduction='none')) / 2
+        everybody, scale = {k: comm.gather(v) for k, v in features.items()}, model.logit_scale.exp()
+        to_text = scale * model.token_similarities(features['image'], everybody)[0]
+        to_image = scale * model.token_similarities(everybody['image'], features)[1].T
+        rows_b = sum(partner_loss(s, batch['valid'], comm) for s in (to_text, to_image)) / 2
         return dict(loss=row_mean(rows_b, batch['valid'], comm))
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class Owl(CLIP):
         "Each patch starts with a box of its own size at its own place."
         h, w = grid
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing='ij')
-        centre = torch.stack([(x + 0.5) / w, (y + 0.5) / h, torch.full_like(x, 1 / w, dtype=torch.float), torch.full_like(y, 1 / h, dtype=torch.float)], -1)
-        return torch.logit(centre.flatten(0, 1), eps=1e-4)
+        prior = torch.stack([(x + 0.5) / w, (y + 0.5) / h, 0 * x + 1 / w, 0 * y + 1 / h], -1)
+        return torch.logit(prior.flatten(0, 1), eps=1e-4)
 
     def detect(self, image, draw=None):
         _, out = self.visual(self.pixels(image), draw=draw)
@@ -37,7 +37,7 @@ class OwlConfig(ModelConfig):
     def build(self, output_dict=False): return Owl.from_config(self, output_dict)
 
 def match(cost_NK):
-    "The cheapest patch for each object, one patch an object; at most three objects, so all triples of good patches are tried."
+    "The cheapest patch for each object, no patch twice; objects are few, so every choice of good patches is tried."
     K = cost_NK.shape[1]
     good = cost_NK.topk(K, 0, largest=False).indices.flatten().unique().tolist()
     return min(itertools.permutations(good, K), key=lambda rows: sum(float(cost_NK[n, k]) for k, n in enumerate(rows)))
@@ -57,7 +57,7 @@ class Detection(Objective):
         logits, right = logits_NK[:, :n], right_K4[:n]
         target = torch.zeros_like(logits)
         if n == 0: return boxes_N4.sum() * 0 + logits_NK.sum() * 0
-        with torch.no_grad(): rows = match(torch.cdist(boxes_N4, right, p=1) - logits.sigmoid())
+        with torch.no_grad(): rows = match(torch.cdist(boxes_N4, right.to(boxes_N4), p=1) - logits.sigmoid())
         target[list(rows), range(n)] = 1
         return (boxes_N4[list(rows)] - right).abs().sum(1).mean() + F.binary_cross_entropy_with_logits(logits, target)
 
@@ -68,4 +68,6 @@ class DetectionConfig(ObjectiveConfig):
     def build(self, model): return Detection()
 
 TOY = smoke(recipe('toy'))
-OWLVIT = TOY.replace(name='owlvit', model=OwlConfig(**vars(TOY.model)), objective=DetectionConfig()).with_stages(image_strategy='none', image_ratio=0.)
+UNUSED = ('visual.head.*', 'logit_scale') # nobody asks for one embedding a picture
+OWLVIT = TOY.replace(name='owlvit', model=OwlConfig(**vars(TOY.model)), objective=DetectionConfig()).with_stages(
+    image_strategy='none', image_ratio=0., frozen=UNUSED)

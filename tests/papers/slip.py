@@ -24,7 +24,8 @@ class Slip(Contrastive):
 
     def features(self, model, batch):
         views = [self.projector(model.encode_image(batch['views'][:, i], draw=batch['draw'])) for i in (0, 1)]
-        return dict(super().features(model, batch), **{f'view_{i}': F.normalize(z, dim=-1) for i, z in enumerate(views)})
+        a, b = (F.normalize(z, dim=-1) for z in views)
+        return dict(super().features(model, batch), view_0=a, view_1=b)
 
     def loss(self, features, model, batch, comm):
         out = super().loss(features, model, batch, comm)
