@@ -873,3 +873,23 @@ def test_cuda_is_never_waited_for():
     torch.cuda.set_sync_debug_mode('error')
     try: all_forms()
     finally: torch.cuda.set_sync_debug_mode('default')
+
+
+def partner_trace(comm, image, text, valid):
+    from clipa_nb.infonce import partner_loss, row_mean
+    b = len(image) // comm.size
+    own = slice(comm.rank * b, comm.rank * b + b)
+    rows = [partner_loss(7 * side[own] @ other.T, valid[own], comm) for side, other in ((image, text), (text, image))]
+    theirs = info_nce(image[own], text[own], 7., valid=valid[own], comm=comm)['loss']
+    return float(row_mean((rows[0] + rows[1]) / 2, valid[own], comm)), float(theirs)
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_partner_loss_of_products_is_info_nce(ranks):
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1) for _ in range(2))
+    valid = torch.tensor([True, False, True, True, False, False, False, True])
+    for ours, theirs in spawn(partner_trace, ranks, image, text, valid): assert ours == pytest.approx(theirs, rel=1e-12)
+
+def test_partner_loss_wants_everybodys_columns():
+    from clipa_nb.infonce import partner_loss
+    with pytest.raises(UserError, match='expected 3 columns'): partner_loss(torch.zeros(3, 4))

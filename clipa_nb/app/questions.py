@@ -243,7 +243,12 @@ def ask(
     comm=LOCAL, # ranks share the pictures
 ) -> dict: # of floats
     "One kind of question, put to every part."
-    def head(names): return make_head(model, names, templates, tokenizer, classes_per_batch=None)
+    heads = {} # parts often have the same names
+
+    def head(names):
+        if tuple(names) not in heads:
+            heads[tuple(names)] = make_head(model, names, templates, tokenizer, classes_per_batch=None)
+        return heads[tuple(names)]
 
     def start(names): # of a few-shot fit: a matrix made of names, where the model has one
         made = head(names) if names and not can_answer(model)['zero-shot'] else None
