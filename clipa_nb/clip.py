@@ -7,7 +7,7 @@ __all__ = ['TEXT_MASKS', 'UNITS', 'IMAGENET', 'OPENAI', 'IMAGE_POOLS', 'TEXT_POO
            'HF_POOLS', 'Mean', 'NormedMean', 'MeanMax', 'First', 'Probe', 'AttentionPool', 'Out', 'ImageTower',
            'no_mask', 'mask_pad', 'mask_causal', 'mask_causal_pad', 'last', 'eot', 'eos', 'first', 'TextTower', 'Unit',
            'CLIP', 'ModelConfig', 'image_tower', 'text_tower', 'model_config', 'init_pool', 'init_clip', 'build_clip',
-           'misfits', 'load_weights', 'TimmTower', 'HFTower', 'TrunkConfig']
+           'load_weights', 'TimmTower', 'HFTower', 'TrunkConfig']
 
 # %% ../nbs/09_clip.ipynb #c002
 import difflib
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from .core import Config, UserError, need, unknown
 from .cost import SIZES, Tower
+from .engine.formats import misfits
 from .patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, resize_positions
 from .token_dropping import TokenDrop
 from .transformer import CAUSAL, CHECKPOINTING, MLP, Attention, Encoder, attention, causal_mask
@@ -318,9 +319,9 @@ class CLIP(nn.Module):
         if 'text' in batch and self.reads_text: out['text'] = self.encode_text(batch['text'], normalize=True, draw=draw)
         return out
 
-    def similarity(self, image_nE, text_mE):
-        "The cosines of all pairs, [n,m]."
-        return image_nE @ text_mE.T
+    def similarity(self, image_nE, text_ME):
+        "The cosines of all pairs, [n,M]."
+        return image_nE @ text_ME.T
 
     def forward(self, image=None, text=None):
         "(image features, text features, scale) and the bias if there is one, or a dictionary of them."
@@ -599,31 +600,16 @@ def _fit_positions(model, state):
     return state
 
 # %% ../nbs/09_clip.ipynb #c050
-def _few(names): return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-def _shape(value): return tuple(getattr(value, 'shape', value))
-
-def misfits(
-    own: dict, # name → tensor, or its shape, of the model
-    state: dict, # the same of the weights
-) -> str: # what does not fit, the first few of each kind, in words; empty where all does
-    "Tensors that are missing, unexpected or of another shape."
-    missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
-    common = [k for k in own if k in state]
-    wrong = [f'{k} {_shape(state[k])} for {_shape(own[k])}' for k in common if _shape(own[k]) != _shape(state[k])]
-    kinds = ('missing', missing), ('unexpected', extra), ('of another shape', wrong)
-    return '; '.join(f'{kind}: {_few(names)}' for kind, names in kinds if names)
-
 def load_weights(
     model: nn.Module, # changed in place
     state: dict, # name → tensor, in this library's names
     assign: bool = False, # take the tensors themselves in place of copying them: for models built on `meta`
-) -> nn.Module: # the same; raises `UserError` for missing, unexpected or mis-shaped tensors
+) -> nn.Module: # the same; raises `UserError` for missing, unknown or mis-shaped tensors
     "Load weights, resizing position tables where the image size or the context length differs."
     state = _fit_positions(model, state)
     scale = state.get('logit_scale')
     if scale is not None and scale.numel() == 1: state['logit_scale'] = scale.reshape(())
-    if found := misfits(model.state_dict(), state):
+    if found := misfits(state, model.state_dict()):
         raise UserError(f'these weights do not fit the model ({found}): '
                         'build the model from the configuration that belongs to the weights')
     model.load_state_dict(state, assign=assign)
