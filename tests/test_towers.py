@@ -890,3 +890,10 @@ def test_towers_of_another_make_are_built_from_their_configuration():
     for side, z in model.embed(batch).items(): assert torch.equal(again.embed(batch)[side], z)
     with pytest.raises(UserError, match="expected 'timm:NAME'"): cfg.replace(image_trunk='keras:x').build()
     with pytest.raises(UserError, match='did you mean resnet18'): cfg.replace(image_trunk='timm:resnet81').build()
+
+def test_weights_that_do_not_fit_are_named():
+    model = build_clip(SMALL)
+    broken = model.state_dict() | {'extra': torch.zeros(1), 'visual.head.weight': torch.zeros(7, 32)}
+    broken.pop('text.norm.bias')
+    says = 'missing: text.norm.bias; unknown: extra; of another shape: visual.head.weight (7, 32) for (16, 32)'
+    with pytest.raises(UserError, match=re.escape(says)): load_weights(model, broken)
