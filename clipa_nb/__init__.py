@@ -17,7 +17,8 @@ _NAMES = { # module → the names it lends to the top level
     'zero_shot': ('build_zero_shot_classifier',),
     'recipes': ('Recipe', 'Stage', 'recipe'),
     'pretrained': (
-        'create_model', 'create_model_and_transforms', 'get_tokenizer', 'list_models', 'push_to_hub', 'save_pretrained'),
+        'create_model', 'create_model_and_transforms', 'create_model_from_pretrained', 'get_tokenizer', 'list_models',
+        'list_pretrained', 'push_to_hub', 'save_pretrained'),
     'app.run': ('run',),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
