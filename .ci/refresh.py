@@ -40,7 +40,9 @@ def tidy(nb):
         if cell.cell_type != 'code': continue
         cell.outputs = joined(cell.outputs)
         cell.execution_count = None
-        cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+        for o in cell.outputs:
+            if 'application/vnd.jupyter.widget-view+json' in o.get('data', {}): o['data'] = {k: v for k, v in o['data'].items() if k.startswith('image/')}
+        cell.outputs = [o for o in cell.outputs if o.get('data', True)] # of a widget the picture stays, where there is one
         for o in cell.outputs:
             if 'execution_count' in o: o['execution_count'] = None
             if any(k.startswith('image/') for k in o.get('data', {})): o['data'].pop('text/plain', None)

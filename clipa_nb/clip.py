@@ -22,7 +22,8 @@ from .core import Config, UserError, need, unknown
 from .cost import SIZES, Tower
 from .patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, resize_positions
 from .token_dropping import TokenDrop
-from .transformer import CAUSAL, CHECKPOINTING, MLP, Attention, Encoder, attention, causal_mask, function_name, init_encoder, pad_mask, xavier_
+from .transformer import CAUSAL, CHECKPOINTING, MLP, Attention, Encoder, attention, causal_mask
+from .transformer import function_name, init_encoder, pad_mask, xavier_
 
 # %% ../nbs/09_clip.ipynb #c007
 class Mean(nn.Module):
@@ -377,7 +378,8 @@ def image_tower(
     "The image tower a configuration describes."
     side, p, t, n_prefix = cfg.image_size, cfg.patch, cfg.image, int(cfg.cls)
     if side % p:
-        raise UserError(f'image size {side} is not divisible by patch {p}: use {side // p * p or p} or {-(-side // p) * p}')
+        raise UserError(f'image size {side} is not divisible by patch {p}: '
+                        f'use {side // p * p or p} or {-(-side // p) * p}')
     if cfg.pool not in IMAGE_POOLS: raise unknown('image pool', cfg.pool, IMAGE_POOLS)
     if cfg.pool == 'cls' and not cfg.cls: raise UserError("pool 'cls' needs a class token: set cls=True or pool='avg'")
     return ImageTower(
@@ -458,10 +460,12 @@ def model_config(
     return MODELS[name]
 
 # %% ../nbs/09_clip.ipynb #c036
+_CUT = 0.8796256610342398 # deviation of a unit normal that is cut at two deviations
+
 def _lecun(w):
     "flax's default for a convolution: normal, cut at two deviations, variance 1 / inputs."
     std = w[0].numel()**-0.5
-    nn.init.trunc_normal_(w, std=std / 0.8796256610342398, a=-2 * std / 0.8796256610342398, b=2 * std / 0.8796256610342398)
+    nn.init.trunc_normal_(w, std=std / _CUT, a=-2 * std / _CUT, b=2 * std / _CUT)
 
 def _uniform(w):
     "PyTorch's default for a convolution."
@@ -566,7 +570,8 @@ def load_weights(
 ) -> nn.Module: # the same; raises `UserError` for missing, unexpected or mis-shaped tensors
     "Load weights, resizing position tables where the image size or the context length differs."
     state = _fit_positions(model, state)
-    if 'logit_scale' in state and state['logit_scale'].numel() == 1: state['logit_scale'] = state['logit_scale'].reshape(())
+    scale = state.get('logit_scale')
+    if scale is not None and scale.numel() == 1: state['logit_scale'] = scale.reshape(())
     if found := misfits(model.state_dict(), state):
         raise UserError(f'these weights do not fit the model ({found}): '
                         'build the model from the configuration that belongs to the weights')

@@ -85,7 +85,7 @@ def pair_flops(
     size,              # a `Size`, or anything with `image`, `text` and `patch`
     image_tokens: int, # tokens the image tower's layers see, the class token included
     text_tokens: int,  # tokens of a caption
-    image_size: int = 0, # pixels along the side, where patches are dropped after embedding; 0: as many patches as tokens
+    image_size: int = 0, # pixels along the side, where patches are dropped; 0: as many patches as tokens
 ) -> dict: # FLOPs of one forward pass: 'embed', 'image', 'text' and their sum 'total'
     "Forward cost of one image–text pair."
     patches = (image_size // size.patch) ** 2 if image_size else image_tokens

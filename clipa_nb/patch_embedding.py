@@ -123,7 +123,8 @@ def _sides(grid):
     "(h, w) of a grid; `UserError` where it is empty: an empty table would broadcast and raise nothing."
     h, w = grid
     if h < 1 or w < 1:
-        raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: use a larger image or a smaller patch')
+        raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: '
+                        'use a larger image or a smaller patch')
     return h, w
 
 def sincos(
@@ -132,7 +133,7 @@ def sincos(
     form: str = 'moco', # 'moco' (CLIPA-v2) or 'mae' (CLIPA-v1)
     cls: int = False, # zero rows in front, for a class token or several prefix tokens
     device='cpu', # where to compute it
-) -> torch.Tensor: # [cls + N, D], float64 (float32 where there is no more); raises `UserError` for an empty grid, a wrong width or form
+) -> torch.Tensor: # [cls + N, D], float64 (or float32); raises `UserError` for a wrong grid, width or form
     "Fixed positions of a grid of patches."
     (h, w), half = _sides(grid), width // 2
     x_wF = waves(w, width, form, device)
@@ -177,13 +178,14 @@ def resize_positions(
     old_grid: tuple, # (h, w) it was made for
     new_grid: tuple, # (h, w) it is wanted for
     n_prefix: int = 0, # rows in front that belong to no patch
-) -> torch.Tensor: # [n_prefix + new h·w, D], same dtype, differentiable; raises `UserError` where rows and grid disagree
+) -> torch.Tensor: # [n_prefix + new h·w, D], same dtype; raises `UserError` where rows and grid disagree
     "Stretch a learned table to another grid."
     (h, w), D = _sides(old_grid), pos.shape[-1]
     if len(pos) != n_prefix + h * w:
         raise UserError(f'found {len(pos)} positions, expected {n_prefix} + {h}×{w}: '
                         'name the grid and the prefix tokens the table was made for')
     if _sides(new_grid) == (h, w): return pos
+    # not einops: for a grid of one column its strides differ, and torch's antialiased kernel then resizes wrongly
     image_1Dhw = pos[n_prefix:].reshape(1, h, w, D).permute(0, 3, 1, 2)
     if pos.dtype != torch.float64: image_1Dhw = image_1Dhw.float()
     new_1Dhw = F.interpolate(image_1Dhw, size=tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)

@@ -150,7 +150,8 @@ class syntax:
             return [table[ids[0]] if ids else 3 for _, ids in words]
         except IndexError as e:
             found = f'a caption has the id {max(ids[0] for _, ids in words if ids)}'
-            raise UserError(f"{self} was made for {len(table)} entries, but {found}: give it this tokenizer's pieces") from e
+            found = f'{self} was made for {len(table)} entries, but {found}'
+            raise UserError(f"{found}: give it this tokenizer's pieces") from e
 
     def __call__(self, words, k, generator=None):
         ids, n = _pieces(words, k), len(words)
@@ -161,16 +162,32 @@ class syntax:
 # %% ../nbs/07_text_truncation.ipynb #c031
 _CLOSED = {
     'DT': 'a an the this that these those each every some any no another both all either neither',
-    'IN': '''in on at of with by for from into onto over under above below behind beside besides between near next along across through throughout during after
-        before against around about as if than like while because inside outside up down off out without within upon towards toward among amid amongst
-        per via until till since beyond past despite except although though unless underneath beneath alongside atop versus vs''',
-    'CC': 'and or but nor yet &', 'TO': 'to', 'EX': 'there', 'MD': 'can could will would shall should may might must cannot',
-    'PRP': '''i you he she it we they me him us them himself herself itself themselves myself yourself ourselves mine yours ours theirs''',
-    'PRP$': 'my your his her its our their', 'WDT': 'which', 'WP': 'who whom whose what', 'WRB': 'how when where why',
-    'RB': '''not very too so also just here now then again together away back only even ever never often always almost quite soon else maybe perhaps
-        already instead once twice rather further forward ahead apart aside indeed later well s t re ve ll d m 's 't 're 've 'll 'd 'm''',
-    'CD': '''one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
-        forty fifty sixty seventy eighty ninety hundred thousand million billion zero''', 'UH': 'please hello hi oh wow yes hey'}
+    'IN': '''
+        in on at of with by for from into onto over under above below behind beside besides between near next along
+        across through throughout during after before against around about as if than like while because inside
+        outside up down off out without within upon towards toward among amid amongst per via until till since
+        beyond past despite except although though unless underneath beneath alongside atop versus vs''',
+    'CC': 'and or but nor yet &',
+    'TO': 'to',
+    'EX': 'there',
+    'MD': 'can could will would shall should may might must cannot',
+    'PRP': '''
+        i you he she it we they me him us them himself herself itself themselves myself yourself ourselves mine
+        yours ours theirs''',
+    'PRP$': 'my your his her its our their',
+    'WDT': 'which',
+    'WP': 'who whom whose what',
+    'WRB': 'how when where why',
+    'RB': '''
+        not very too so also just here now then again together away back only even ever never often always almost
+        quite soon else maybe perhaps already instead once twice rather further forward ahead apart aside indeed
+        later well s t re ve ll d m 's 't 're 've 'll 'd 'm''',
+    'CD': '''
+        one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+        eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion
+        zero''',
+    'UH': 'please hello hi oh wow yes hey',
+}
 
 # %% ../nbs/07_text_truncation.ipynb #c033
 def _third(verb):

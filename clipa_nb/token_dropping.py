@@ -28,7 +28,8 @@ def _patches(grid, ratio):
     "N of a grid (h, w); `UserError` for an empty grid or a ratio outside [0, 1)."
     h, w = grid
     if h < 1 or w < 1:
-        raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: use a larger image or a smaller patch')
+        raise UserError(f'found a grid of {h}×{w} patches, expected at least 1×1: '
+                        'use a larger image or a smaller patch')
     if not 0 <= ratio < 1:
         raise UserError(f'found a drop ratio of {ratio}, expected 0 ≤ ratio < 1: 0.75 keeps a quarter of the patches')
     return h * w
@@ -39,7 +40,8 @@ def _keep_random(grid, ratio):
     k = int(n * (1 - ratio))
     if k < 1:
         most = max(0, math.ceil(1000 * (1 - 1 / n)) - 1) / 1000
-        raise UserError(f'dropping a share of {ratio} of {n} patches leaves none: use a ratio up to {most} or a larger image')
+        raise UserError(f'dropping a share of {ratio} of {n} patches leaves none: '
+                        f'use a ratio up to {most} or a larger image')
     return k
 
 # %% ../nbs/05_token_dropping.ipynb #c020
@@ -123,7 +125,7 @@ def block_ids(
     ratio: float, # share dropped, in [0, 1); the true one differs by rounding
     generator=None, # None: the device's default generator
     device=None, # where the ids are made
-) -> torch.Tensor: # int64 [b, round(h√(1−ratio)) · round(w√(1−ratio))], ascending; raises `UserError` where nothing is left
+) -> torch.Tensor: # int64 [b, round(h√(1−ratio)) · round(w√(1−ratio))], ascending; raises `UserError` for none
     "One rectangle of patches, anywhere it fits."
     (h, w), (kh, kw) = grid, _rectangle(grid, ratio)
     block_hw = torch.arange(kh, device=device)[:, None] * w + torch.arange(kw, device=device)
@@ -223,7 +225,8 @@ class TokenDrop(nn.Module):
     def forward(self, x_BND, grid):
         (b, rows), (h, w), p = x_BND.shape[:2], grid, self.n_prefix
         if rows != p + _patches((h, w), self.ratio):
-            raise UserError(f'found {rows} tokens, expected {p} + {h}×{w}: pass the grid of the whole image, and drop once')
+            raise UserError(f'found {rows} tokens, expected {p} + {h}×{w}: '
+                            'pass the grid of the whole image, and drop once')
         if not (self.training and self.ratio): return x_BND, torch.arange(h * w, device=x_BND.device).expand(b, -1)
         ids_BK = self.strategy(b, (h, w), self.ratio, device=x_BND.device)
         kind = getattr(ids_BK, 'dtype', type(ids_BK).__name__)

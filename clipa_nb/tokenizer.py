@@ -46,7 +46,7 @@ def _chosen(captions, k, strategy, generator):
     return kept
 
 class Tokenizer:
-    "Captions to rows of ids. A kind adds `split` (text → words), `cut` (word → ids), `decode`, `rust` and `save`."
+    "Captions to rows of ids. A kind adds `split` (text → words), `cut` (word → ids), `decode` and `rust`."
     prefix, suffix, pad_id = (), (), 0
 
     def __init__(self,
@@ -74,6 +74,10 @@ class Tokenizer:
         "The caption in order, each word as `(text, [piece ids])`: what a text strategy chooses from."
         if not isinstance(text, str): raise UserError(f'found {type(text).__name__}, expected one caption')
         return [(w, list(ids)) for w, ids in map(self._cache.__getitem__, self.split(text))]
+
+    def save(self, dir) -> Path:
+        "Write the tokenizer in the layout of the Hub; returns the directory."
+        return write_tokenizer(dir, self.rust(), self.pieces, self.context_length, **self.saved_with)
 
     def __call__(self,
         texts, # one caption or a list of N
@@ -160,7 +164,7 @@ class WordPiece(Tokenizer):
         vocab = numbered(list(vocab), SPECIAL)
         if vocab['[PAD]']: raise UserError(f"[PAD] has id {vocab['[PAD]']}, expected 0: rows are filled with zeros")
         self.prefix, self.suffix = (vocab['[CLS]'],), () if mode == 'official' else (0,)
-        self.lower, self.mode = lower, mode
+        self.lower, self.mode, self.saved_with = lower, mode, dict(do_lower_case=lower, mode=mode)
         self.model = models.WordPiece(vocab, unk_token='[UNK]', max_input_chars_per_word=100)
         super().__init__(vocab, context_length)
 
@@ -181,11 +185,6 @@ class WordPiece(Tokenizer):
     def rust(self):
         "The same tokenizer as a pipeline of the library."
         return wordpiece_pipeline(self.vocab, self.lower, self.mode)
-
-    def save(self, dir) -> Path:
-        "Write the tokenizer in the layout of the Hub; returns the directory."
-        more = dict(do_lower_case=self.lower, mode=self.mode)
-        return write_tokenizer(dir, self.rust(), self.pieces, self.context_length, **more)
 
     def __reduce__(self): return type(self), (self.pieces, self.context_length, self.lower, self.mode)
 
@@ -227,6 +226,7 @@ class ClipBPE(Tokenizer):
         context_length: int = 77, # T
     ):
         self.merges = [tuple(m) for m in merges]
+        self.saved_with = dict(merges=self.merges)
         vocab = clip_vocabulary(self.merges)
         self.sot, self.eot = len(vocab) - 2, len(vocab) - 1
         self.prefix, self.suffix = (self.sot,), (self.eot,)
@@ -253,10 +253,6 @@ class ClipBPE(Tokenizer):
     def rust(self):
         "The same tokenizer, without mending and HTML, as a pipeline of the library."
         return bpe_pipeline(self.vocab, self.merges)
-
-    def save(self, dir) -> Path:
-        "Write the tokenizer in the layout of the Hub; returns the directory."
-        return write_tokenizer(dir, self.rust(), self.pieces, self.context_length, self.merges)
 
     def __reduce__(self): return type(self), (self.merges, self.context_length)
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from .core import Config, UserError, hash_uniform, seed_of, unknown
-from .engine.painter import (DISTANCES, N_GLYPHS, backdrop, blur, coverage, glyph_masks, ink, inverted, paint, reach,
-                                     specks, windows)
+from .engine.painter import DISTANCES, N_GLYPHS, backdrop, blur, coverage, glyph_masks, ink, inverted, paint
+from .engine.painter import reach, specks, windows
 from .engine.writer import DIGITS, LETTERS, Facts, fact_keys, phrases, written
 
 # %% ../nbs/01_toyworld.ipynb #c006
-SHAPE_NAMES = tuple(DISTANCES) # circle, square, triangle, star, ring, cross, heart, moon, diamond, bar, bow, hook, dome, drop, bolt, house
+SHAPE_NAMES = tuple(DISTANCES) # circle, square, triangle, star, ring, cross, heart, moon, diamond, bar, bow, hook, …
 N_PAIRED = 12 # shapes that make pairs with the colours; the others are held out as a whole
 COLOURS = dict(red=(216, 30, 38), brown=(128, 74, 24), yellow=(248, 214, 28), lime=(150, 232, 44), green=(20, 132, 44),
                teal=(0, 112, 122), cyan=(64, 222, 236), blue=(36, 72, 226), purple=(112, 34, 164), pink=(252, 122, 190),
@@ -48,7 +48,7 @@ def pairs(
 # %% ../nbs/01_toyworld.ipynb #c009
 @dataclass(frozen=True)
 class World(Config):
-    "Every dial of the world; lengths are in 64ths of the picture's side, angles in degrees, brightness in levels of 255."
+    "Every dial of the world; lengths in 64ths of the picture's side, angles in degrees, brightness in levels of 255."
     n_objects: tuple[float, ...] = (0.6, 0.4) # probability of one, two, three objects
     glyphs: float = 0. # probability that a scene shows digits or letters instead of shapes
     size_1: tuple[float, float] = (11., 25.) # half-size of an object that is alone
@@ -62,7 +62,7 @@ class World(Config):
     fills: tuple[float, float, float] = (1., 0., 0.) # plain, striped, dotted
     grounds: tuple[float, float, float, float] = (0., 1., 0., 0.) # plain, gradient, noise, texture
     noise: float = 6. # grain on every pixel, standard deviation
-    contrast: tuple[float, float] = (1., 1.) # how far an object's colour stands out from the ground; 1 is its own colour
+    contrast: tuple[float, float] = (1., 1.) # how far a colour stands out from the ground; 1 is an object's own colour
     clutter: int = 0 # grey specks behind the objects, at most (0 to 6)
     say_colour: float = 1. # probability that a caption names each object's colour
     say_shape: float = 1. # its shape
@@ -80,14 +80,18 @@ class World(Config):
 
 # %% ../nbs/01_toyworld.ipynb #c011
 _RICH = World(n_objects=(0.45, 0.4, 0.15), glyphs=0.15, size_1=(8., 20.), jitter_1=10., fills=(0.5, 0.25, 0.25),
-              grounds=(0.25, 0.25, 0.25, 0.25), contrast=(0.7, 1.), clutter=6, say_colour=0.85, say_shape=0.9, say_size=0.5,
-              say_fill=0.5, say_place=0.5, say_relation=0.7, say_shade=0.4, say_ground=0.4, filler=0.3, synonyms=0.4, orders=0.4)
-_SCATTERED = _RICH.replace(n_objects=(0.5, 0.5), glyphs=0., size_1=(5., 9.), jitter_1=22., size_2=(5., 8.), jitter_2=13., rotation=45.)
+              grounds=(0.25, 0.25, 0.25, 0.25), contrast=(0.7, 1.), clutter=6, say_colour=0.85, say_shape=0.9,
+              say_size=0.5,
+              say_fill=0.5, say_place=0.5, say_relation=0.7, say_shade=0.4, say_ground=0.4, filler=0.3, synonyms=0.4,
+              orders=0.4)
+_SCATTERED = _RICH.replace(n_objects=(0.5, 0.5), glyphs=0., size_1=(5., 9.), jitter_1=22., size_2=(5., 8.),
+                           jitter_2=13., rotation=45.)
 _GLYPHS = World(n_objects=(0.8, 0.2), glyphs=1., rotation=12.)
 WORLDS = dict(demo=World(), rich=_RICH, scattered=_SCATTERED, glyphs=_GLYPHS)
 
 LIMITS = dict( # the smallest and the largest value; all other dials are probabilities
-    size_1=(1, 32), size_2=(1, 32), size_3=(1, 32), size_glyph=(1, 32), jitter_1=(0, 26), jitter_2=(0, 15), jitter_3=(0, 10),
+    size_1=(1, 32), size_2=(1, 32), size_3=(1, 32), size_glyph=(1, 32), jitter_1=(0, 26), jitter_2=(0, 15),
+    jitter_3=(0, 10),
     rotation=(0, 180), noise=(0, 255), contrast=(0, 1), clutter=(0, 6))
 COUNTS = dict(n_objects=(1, 2, 3), fills=(3,), grounds=(4,)) # how many probabilities stand in a row
 
@@ -118,7 +122,8 @@ def check_world(
         if field.name != 'language': _check_dial(field.name, field.default, getattr(w, field.name))
 
 # %% ../nbs/01_toyworld.ipynb #c014
-SLOTS = dict(count=0, glyph=1, pair=2, fill=5, font=8, x=11, y=14, half=17, angle=20, axis=23, ground=24, shade=25, level=26,
+SLOTS = dict(count=0, glyph=1, pair=2, fill=5, font=8, x=11, y=14, half=17, angle=20, axis=23, ground=24, shade=25,
+             level=26,
              slope=29, contrast=32, grain=35, clutter=38, letter=58, turn=61, words=64, questions=112)
 
 @functools.lru_cache(maxsize=256)
@@ -242,7 +247,7 @@ def scenes(
     world: World, # the dials, such as `WORLDS['demo']`
     seed: int,    # which universe
     index,        # which scenes: an integer, a range or an array of integers ≥ 0, in any order
-    split: str = 'train', # 'train' and 'val' hold seen pairs, 'heldout' only held-out pairs and 'unseen' only held-out shapes, never glyphs
+    split: str = 'train', # 'train' and 'val' hold seen pairs, 'heldout' and 'unseen' others and never glyphs
 ) -> Scenes: # raises `UserError` for another split, a negative index or an impossible world
     "The specs of some scenes; a scene depends on (world, seed, split, its index) and on nothing else."
     if split not in PAIRS_OF: raise unknown('split', split, PAIRS_OF)
@@ -261,11 +266,13 @@ def scenes(
     return Scenes(world, seed, split, index, **what, **where, **_ground(world, u))
 
 # %% ../nbs/01_toyworld.ipynb #c022
-SHIFTS = dict(sketch='outlines on paper', palette='other shades of the same colours', invert='light and dark exchanged, hues kept',
-              blur='out of focus', rotate='turned by 30 to 60 degrees', small='objects of half the size',
+SHIFTS = dict(sketch='outlines on paper', palette='other shades of the same colours',
+              invert='light and dark exchanged, hues kept', blur='out of focus',
+              rotate='turned by 30 to 60 degrees', small='objects of half the size',
               fonts='glyphs in fonts never trained on')
 SHADES = dict(red=(150, 10, 50), brown=(176, 120, 70), yellow=(204, 178, 60), lime=(190, 240, 120), green=(80, 170, 90),
-              teal=(30, 150, 150), cyan=(140, 230, 230), blue=(90, 130, 250), purple=(160, 90, 200), pink=(230, 90, 150),
+              teal=(30, 150, 150), cyan=(140, 230, 230), blue=(90, 130, 250), purple=(160, 90, 200),
+              pink=(230, 90, 150),
               grey=(150, 150, 145), white=(236, 236, 226))
 
 def shifted(
@@ -301,7 +308,7 @@ def _ink(sc, k, shift):
     return ink(own, sc.level, contrast)
 
 def _drawn(sc, size, device, shift):
-    "One chunk, whose scenes come in the order of falling object counts, so that those with an object k are the first ones."
+    "One chunk; its scenes come by falling object counts, so that those with an object k are the first ones."
     u, sketch = sc.draw('grain', 2), shift == 'sketch'
     x = backdrop(sc.ground, sc.level, sc.slope, u, size, device)
     if sketch: x[:] = torch.tensor([206., 200., 190.], device=device)[:, None, None]
@@ -462,8 +469,8 @@ def class_scenes(
     seed: int, # of the scenes
     split: str, # 'seen', 'heldout', 'unseen', 'digits' or 'letters'
     n_per_class: int, # scenes of each class
-): # (scenes of one object, class by class; labels int64 [B] in `class_names` of 'pairs' or of the split); raises `UserError` for another split
-    "Labelled scenes for zero-shot classification."
+): # (scenes of one object, class by class; labels int64 [B]); raises `UserError` for another split
+    "Labelled scenes for zero-shot classification; a label is a place in `class_names` of 'pairs' or of the split."
     kinds = dict(seen='val', heldout='heldout', unseen='unseen', digits='val', letters='val')
     if split not in kinds: raise unknown('split of classes', split, kinds)
     if n_per_class < 1: raise UserError(f'n_per_class is {n_per_class}: expected at least 1')

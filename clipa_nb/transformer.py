@@ -61,7 +61,7 @@ def pick_attention(
     dtype: torch.dtype, # of the queries: under autocast bf16, whatever the weights are
     n: int = 0, # tokens that are read
 ) -> str: # 'matmul' or 'sdpa'
-    "The faster attention for training, by device, type and length: `tests/bench/attention.py` measures it."
+    "The attention that the recorded rows found faster in training; `tests/bench/attention.py` measures yours."
     half = dtype in (torch.bfloat16, torch.float16)
     return 'matmul' if device == 'cpu' and half and n < LONG else 'sdpa'
 

@@ -64,9 +64,9 @@ def check_names(
         if twin != k: lost.append((names[twin], names[k]))
     if not lost: return
     (a, b), T = lost[0], ids_MLT.shape[-1]
-    found = f'{len(lost)} of {len(names)} class names have the same {T} tokens as another in every prompt, first {a!r} and {b!r}'
+    found = f'{len(lost)} of {len(names)} class names have the same {T} tokens as another in every prompt'
     advice = 'use different names, a longer context, shorter templates, or the text strategy of training'
-    warnings.warn(f'{found}: {advice}', stacklevel=3)
+    warnings.warn(f'{found}, first {a!r} and {b!r}: {advice}', stacklevel=3)
 
 # %% ../nbs/15_zero_shot.ipynb #c027
 def class_vectors(
@@ -142,7 +142,8 @@ def batched(
     size: int, # samples in a batch; the last one may be smaller
 ) -> list: # of {'image', 'label'}
     "Tensors as evaluation data."
-    if len(images) != len(labels): raise UserError(f'{len(images)} images and {len(labels)} labels: give one label for each image')
+    if len(images) != len(labels):
+        raise UserError(f'{len(images)} images and {len(labels)} labels: give one label for each image')
     labels = torch.as_tensor(labels)
     return [dict(image=images[i:i + size], label=labels[i:i + size]) for i in range(0, len(images), size)]
 

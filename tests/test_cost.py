@@ -27,6 +27,8 @@ def test_seeds_of_recorded_runs_never_change():
     (lambda: memory(H, 37, 8, 64, precision='bf16'), "unknown precision 'bf16'"), (lambda: memory(H, 37, 8, 64, checkpointing='ful'), 'did you mean full'),
     (lambda: activation_bytes(H.image, 37, 'amp-bf16'), 'did you mean amp_bf16'), (lambda: train_flops(H, 37, 8, checkpointing='ful'), 'did you mean full'),
     (lambda: plan(H, 37, 8, 64, 1, checkpointing='selectiv'), 'did you mean selective'), (lambda: plan(H, 37, 8, 64, 1, precision='half'), "unknown precision 'half'"),
+    (lambda: n_tokens(100, 16), 'use 96'), (lambda: n_tokens(8, 16), 'use 16'), (lambda: n_tokens(32, 16, 0.9), 'leaves none'),
+    *((lambda wrong=wrong: cost.hours(3600e12, 1e12, mfu=wrong), '0 < mfu ≤ 1') for wrong in (0, 40, float('nan'))),
     (lambda: n_tokens(-224, 14), 'positive'), (lambda: n_tokens(0, 14), 'positive'), (lambda: n_tokens(224, -14), 'positive'), (lambda: n_tokens(224, 0), 'positive')])
 def test_what_means_nothing_is_refused(call, says):
     with pytest.raises(UserError, match=says): call()

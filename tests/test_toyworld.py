@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from clipa_nb.core import UserError
-from clipa_nb.toyworld import COLOURS, SHAPE_NAMES, SHIFTS, WORLDS, World, boxes, caption_text, captions, class_names, class_scenes, check_world, keys, labels, masks, pairs, questions, render, scenes, shifted
-from clipa_nb.engine.writer import LANGUAGES, lexicon
+from clipa_nb.toyworld import (COLOURS, FILLS, GROUNDS, LIMITS, SHADES, SHAPE_NAMES, SHIFTS, SPACING, WORLDS, World, boxes, caption_text,
+                               captions, check_world, class_names, class_scenes, distinct, draws, facts, keys, labels, masks, pairs, pick, questions,
+                               render, scenes, shifted)
 from clipa_nb.engine.painter import glyph_masks
+from clipa_nb.engine.writer import LANGUAGES, fact_keys, lexicon
 
 ARRAYS = ('index', 'count', 'kind', 'colour', 'fill', 'font', 'x', 'y', 'half', 'angle', 'axis', 'ground', 'dark', 'level', 'slope')
 hues, DEMO = list(COLOURS), World() # the demo's world, without glyphs
@@ -75,6 +77,42 @@ def test_a_gpu_draws_the_same(shift):
         sc = scenes(WORLDS[name], 4, range(64)); there = render(sc, 64, device='cuda', shift=shift)
         assert there.device.type == 'cuda'
         assert (there.cpu().int() - render(sc, 64, shift=shift).int()).abs().max() <= 1
+
+# --- chance and decisions ---
+
+def test_every_scene_and_purpose_has_numbers_of_its_own():
+    np.testing.assert_array_equal(draws(0, 'train', np.array([8]), 'pair', 3)[0], draws(0, 'train', np.array([7, 8]), 'pair', 3)[1])
+    assert draws(0, 'val', np.array([7]), 'x')[0] != draws(0, 'train', np.array([7]), 'x')[0]
+
+def test_outcomes_come_in_their_shares():
+    np.testing.assert_array_equal(pick(np.array([0., 0.59, 0.6, 0.99]), (0.6, 0.4)), [0, 0, 1, 1])
+    np.testing.assert_array_equal(pick(np.array([0.5]), (0, 3, 0)), [1])
+
+def test_distinct_things_are_distinct_and_equally_likely():
+    np.testing.assert_array_equal(distinct(np.array([[2.5 / 5, 3.5 / 4]]), 5), [[2, 4]])
+    three = distinct(draws(0, 'train', np.arange(6000), 'pair', 3), 4)
+    assert {len(set(r)) for r in three.tolist()} == {3}
+    np.testing.assert_allclose(np.bincount(three.reshape(-1)) / 6000, [0.75] * 4, atol=0.03)
+
+def test_specs_are_indexed_like_arrays():
+    sc = scenes(DEMO, 0, [5, 6])
+    assert len(sc) == 2 and len(sc[1]) == 1 and sc[[1, 0]].index.tolist() == [6, 5]
+    np.testing.assert_array_equal(sc[1:].draw('x'), sc.draw('x')[1:])
+
+def test_no_jitter_within_its_limits_makes_a_caption_lie():
+    assert 2 * LIMITS['jitter_2'][1] < SPACING[1, 1] - SPACING[1, 0] and 2 * LIMITS['jitter_3'][1] < SPACING[2, 2] - SPACING[2, 1]
+
+def test_empty_slots_hold_nothing():
+    sc = scenes(DEMO, 0, range(500))
+    np.testing.assert_array_equal((sc.kind >= 0).sum(1), sc.count)
+    assert (sc.half[sc.kind < 0] == 0).all() and (np.abs(sc.angle) <= 20).all()
+
+def test_one_draw_sets_brightness_and_red_tint():
+    "A known blemish that every recorded picture has: among dark grounds the brighter are the redder."
+    sc = scenes(DEMO, 0, range(8000)); level = sc.level[sc.dark]
+    np.testing.assert_array_equal(sc.level.mean(1) < 100, sc.dark)
+    red, blue = (np.corrcoef(level.mean(1), level[:, k] - level.mean(1))[0, 1] for k in (0, 2))
+    assert red > 0.5 > 0 > blue
 
 # --- splits ---
 
@@ -295,6 +333,62 @@ def test_glyph_masks_are_what_the_script_draws():
         fresh = make_glyphs.mask(str(z['fonts'][f]), c).astype(int)
         assert np.abs(fresh - z['masks'][f, make_glyphs.CHARACTERS.index(c)]).mean() < 2
 
+def test_sizes_agree_and_the_shape_is_that_asked_for():
+    sc = scenes(DEMO, 0, range(32))
+    assert [tuple(render(sc[:2], s).shape) for s in (32, 37, 224)] == [(2, 3, s, s) for s in (32, 37, 224)]
+    small, large = (torch.nn.functional.interpolate(render(sc, s).float(), size=32, mode='area') for s in (32, 224))
+    assert (small - large).abs().mean() < 6 # most of it grain
+
+def test_the_middle_of_a_circle_has_the_circles_colour():
+    sc = scenes(World(n_objects=(1.,)), 0, range(200)); sc = sc[np.isin(sc.kind[:, 0], [SHAPE_NAMES.index(s) for s in ('circle', 'square', 'heart', 'star')])]
+    own = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[sc.colour[:, 0]]
+    assert ((render(sc, 64)[:, :, 32, 32].float() - own).abs() < 30).all() # grain apart
+
+def test_contrast_pulls_objects_towards_their_ground():
+    sc = scenes(World(n_objects=(1.,), noise=0., grounds=(1., 0., 0., 0.)), 0, range(100))
+    sure = masks(sc, 64)[:, :1].expand(-1, 3, -1, -1) & (render(sc, 64).float() - torch.tensor(list(COLOURS.values()))[sc.colour[:, 0]][:, :, None, None]).abs().amax(1, keepdim=True).le(1)
+    faint = render(sc.replace(world=sc.world.replace(contrast=(0.5, 0.5))), 64).float(); level = torch.from_numpy(sc.level)[:, :, None, None]
+    assert ((2 * faint - level - render(sc, 64).float())[sure].abs() <= 3).all() # bytes are rounded
+
+def test_fills_and_grounds_multiply():
+    one = scenes(World(n_objects=(0., 1.), noise=0.), 0, np.full(12, 2))
+    table = one.replace(fill=np.repeat(np.repeat(np.arange(len(FILLS)), 4)[:, None], 2, 1), ground=np.tile(np.arange(len(GROUNDS)), 3))
+    assert len({r.tobytes() for r in render(table, 96).numpy()}) == 12
+
+def test_scattered_objects_touch_less_than_half_the_patches_of_the_demo():
+    def touched(name): return masks(scenes(WORLDS[name], 0, range(300)), 64)[:, 0].view(300, 8, 8, 8, 8).any(4).any(2).sum((1, 2)).float().mean()
+    assert touched('scattered') < touched('demo') / 2
+
+def test_shifted_specs():
+    sc = scenes(DEMO, 0, range(2000))
+    np.testing.assert_array_equal(shifted(sc, 'small').half * 2, sc.half)
+    assert (shifted(sc, 'fonts').font[sc.kind >= 0] >= 6).all() and list(SHADES) == list(COLOURS)
+
+def test_facts_come_in_their_shares():
+    sc = scenes(DEMO, 0, range(2000)); f = facts(sc)
+    np.testing.assert_allclose([(f.size[:, 0] > 0).mean(), (f.axis[sc.count == 2] > 0).mean(), (f.shade > 0).mean()], [0.3, 0.4, 0.2], atol=0.06)
+    np.testing.assert_array_equal(f.colour[:, 0] - 1, sc.colour[:, 0])
+    assert (f.noun[:, 0] > 1).all() and facts(sc, take=1).size.tolist() != f.size.tolist()
+
+def test_there_are_a_thousand_meanings_to_choose_among():
+    for w in (WORLDS['rich'], DEMO, World(n_objects=(1.,))):
+        k = np.unique(fact_keys(facts(scenes(w, 0, range(10_000)))))
+        assert len(k) >= 1000
+
+def test_labels_of_other_splits_lie_behind():
+    every = pairs('all') + pairs('unseen')
+    assert {every[j] for j in labels(scenes(DEMO, 0, range(50), 'unseen'))} <= set(pairs('unseen'))
+    assert labels(scenes(WORLDS['glyphs'], 0, range(50))).min() >= 192
+
+def test_both_answers_are_given():
+    sc = scenes(DEMO, 0, range(2000))
+    assert {a for q, a in questions(sc) if q.startswith('is there')} == {'yes', 'no'}
+
+def test_a_box_by_hand():
+    sc = scenes(DEMO, 0, [0]).replace(kind=np.array([[0, -1]]), x=np.zeros((1, 2)), y=np.zeros((1, 2)), half=np.array([[16., 0.]]), angle=np.array([[33., 0.]]))
+    np.testing.assert_allclose(boxes(sc)[0, 0], [0.5, 0.5, 0.43, 0.43], atol=0.005)
+    assert (boxes(sc)[0, 1] == 0).all()
+
 def test_no_scenes_are_fine():
     none = scenes(DEMO, 0, [])
     assert len(none) == 0 and render(none, 64).shape == (0, 3, 64, 64) and caption_text(none) == [] and captions(none) == [] and len(keys(none)) == 0
@@ -380,6 +474,8 @@ def test_worlds_that_lie_are_refused(dial):
     (lambda: render(scenes(DEMO, 0, 0), 20), 'size 20'), (lambda: render(scenes(DEMO, 0, 0), 300), 'size 300'), (lambda: render(scenes(DEMO, 0, 0), 64.5), 'size 64.5'),
     (lambda: masks(scenes(DEMO, 0, 0), 16), 'size 16'), (lambda: render(scenes(DEMO, 0, 0), 64, shift='skech'), 'did you mean sketch'),
     (lambda: caption_text(scenes(DEMO, 0, 0), 'de'), 'unknown language'), (lambda: pairs('held-out'), 'unknown split'), (lambda: class_names('shape'), 'did you mean shapes'),
+    (lambda: pairs('helddout'), 'did you mean heldout'), (lambda: World().replace(colour=1.), 'colour'), (lambda: shifted(scenes(DEMO, 0, 0), 'invrt'), 'did you mean invert'),
+    (lambda: render(scenes(DEMO, 0, 0), 64, shift='fog'), 'unknown shift'), (lambda: caption_text(scenes(DEMO, 0, 0), 'fr'), 'unknown language'), (lambda: scenes(DEMO, 0, 1.5), 'integers'),
     (lambda: class_scenes(DEMO, 0, 'train', 1), 'unknown split of classes'), (lambda: class_scenes(DEMO, 0, 'seen', 0), 'n_per_class'),
 ])
 def test_bad_input_ends_with_advice(bad, says):

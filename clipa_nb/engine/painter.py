@@ -102,8 +102,8 @@ RIM = 0.12 # a pattern leaves a rim of so many half-sizes alone
 N_GLYPHS = 36 # digits and capitals of one font
 
 @functools.lru_cache
-def glyph_masks() -> dict: # 'masks' uint8 [fonts, 36, 32, 32], 'fonts' names, 'characters', 'n_train': how many fonts are trained on
-    "The shipped masks of digits and capital letters."
+def glyph_masks() -> dict: # 'masks' uint8 [fonts, 36, 32, 32], 'fonts' names, 'characters', 'n_train'
+    "The shipped masks of digits and capital letters; the first `n_train` fonts are trained on."
     with files('clipa_nb').joinpath('assets/glyphs.npz').open('rb') as f, np.load(f) as z:
         return {k: z[k] for k in z.files}
 

@@ -9,6 +9,7 @@ __all__ = ['PALETTE', 'SERIES', 'STYLE', 'Drawing', 'styled', 'canvas', 'save', 
 
 # %% ../../nbs/engine/00_viz.ipynb #c002
 import functools, os, textwrap
+from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
 import numpy as np
@@ -20,26 +21,27 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
 
-# %% ../../nbs/engine/00_viz.ipynb #c007
-PALETTE = dict(kept='#2a9d8f', dropped='#d9d9d9', cls='#e9b824', image='#2a9d8f', text='#bf4a22', right='#2a9d8f', wrong='#bf4a22',
-               ink='#22313f', faint='#74808c')
-SERIES = ('#2a9d8f', '#bf4a22', '#22313f', '#e9b824', '#8a4fa8', '#86c5e8') # the order in which curves and bars take colours
+# %% ../../nbs/engine/00_viz.ipynb #c005
+PALETTE = dict(kept='#2a9d8f', dropped='#d9d9d9', cls='#e9b824', image='#2a9d8f', text='#bf4a22', right='#2a9d8f',
+               wrong='#bf4a22', ink='#22313f', faint='#74808c')
+SERIES = ('#2a9d8f', '#bf4a22', '#22313f', '#e9b824', '#8a4fa8', '#86c5e8') # the order of curves and bars
+STYLE = {
+    'font.size': 9, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.labelsize': 9, 'xtick.labelsize': 8,
+    'ytick.labelsize': 8, 'legend.fontsize': 8, 'legend.frameon': False, 'axes.spines.top': False,
+    'axes.spines.right': False,
+    'lines.linewidth': 1.6, 'lines.markersize': 4, 'text.color': '#22313f', 'axes.labelcolor': '#22313f',
+    'xtick.color': '#22313f', 'ytick.color': '#22313f', 'axes.edgecolor': '#74808c', 'grid.color': '#e6e6e6',
+    'axes.axisbelow': True}
 
-# %% ../../nbs/engine/00_viz.ipynb #c011
 class Drawing(Figure):
     "A matplotlib figure that a notebook shows once, as the last value of a cell; it belongs to no global state."
+
     def _repr_png_(self) -> bytes:
         "What a notebook shows."
-        out = BytesIO(); self.savefig(out, format='png')
+        out = BytesIO()
+        self.savefig(out, format='png')
         return out.getvalue()
 
-# %% ../../nbs/engine/00_viz.ipynb #c014
-STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
-         'legend.fontsize': 8, 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.6, 'lines.markersize': 4,
-         'text.color': '#22313f', 'axes.labelcolor': '#22313f', 'xtick.color': '#22313f', 'ytick.color': '#22313f', 'axes.edgecolor': '#74808c',
-         'grid.color': '#e6e6e6', 'axes.axisbelow': True}
-
-# %% ../../nbs/engine/00_viz.ipynb #c016
 def styled(
     f, # a function that draws
 ): # the same function, drawing in `STYLE` and leaving everybody else's settings alone
@@ -49,7 +51,6 @@ def styled(
         with _mpl.rc_context(STYLE): return f(*args, **kwargs)
     return inner
 
-# %% ../../nbs/engine/00_viz.ipynb #c019
 @styled
 def canvas(
     rows: int = 1, # rows of axes
@@ -62,48 +63,54 @@ def canvas(
     fig = Drawing(figsize=(width, height), dpi=100, layout='constrained', facecolor='white')
     return fig, fig.subplots(rows, cols, squeeze=False, **options)
 
-# %% ../../nbs/engine/00_viz.ipynb #c022
 def save(
     fig: Figure, # what a helper returned
     path, # the file; its suffix names the format
 ) -> Path:
     "Write a figure, whole or not at all; needs no display."
-    path = Path(path); part = path.with_name('.part-' + path.name)
-    try: fig.savefig(part); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    path = Path(path)
+    part = path.with_name('.part-' + path.name)
+    try:
+        fig.savefig(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/engine/00_viz.ipynb #c025
+# %% ../../nbs/engine/00_viz.ipynb #c008
 def as_array(
     x, # a torch tensor of any dtype and device, a numpy array, or nested lists
 ) -> np.ndarray: # on the CPU; bfloat16 and half become float32
     "Anything array-like, as numpy."
-    if hasattr(x, 'detach'): x = x.detach().cpu(); x = x.float() if x.is_floating_point() else x
+    if hasattr(x, 'detach'):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x
     return np.asarray(x)
 
-# %% ../../nbs/engine/00_viz.ipynb #c028
 def as_picture(
     image, # [3,H,W], [1,H,W], [H,W,3], [H,W,1] or [H,W]; integers 0…255, floats 0…1, other floats are stretched
 ) -> np.ndarray: # float [H,W,3] in 0…1; raises `UserError` for any other shape
     "One image, however it is stored, as matplotlib wants it."
     x = as_array(image)
     if x.ndim == 2: x = x[None]
-    if x.ndim != 3 or not {x.shape[0], x.shape[2]} & {1, 3}: raise UserError(f'found an image of shape {tuple(x.shape)}, expected [3,H,W], [H,W,3] or [H,W]: pick one image of the batch')
+    if x.ndim != 3 or not {x.shape[0], x.shape[2]} & {1, 3}:
+        raise UserError(f'found an image of shape {tuple(x.shape)}, expected [3,H,W], [H,W,3] or [H,W]: '
+                        'pick one image of the batch')
     if x.shape[0] in (1, 3): x = x.transpose(1, 2, 0)
     x = x / 255 if np.issubdtype(x.dtype, np.integer) else x.astype(np.float64)
     if x.min() < 0 or x.max() > 1: x = (x - x.min()) / max(x.max() - x.min(), 1e-12)
     return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x
 
-# %% ../../nbs/engine/00_viz.ipynb #c031
 def _image_on(ax, image, title='', right=None):
     "One image on one axes; `right` True or False adds a mark and a frame."
-    ax.imshow(as_picture(image), interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
+    ax.imshow(as_picture(image), interpolation='nearest')
+    ax.set_xticks([])
+    ax.set_yticks([])
     colour = PALETTE['ink'] if right is None else PALETTE['right' if right else 'wrong']
     for s in ax.spines.values(): s.set(visible=True, color=colour, linewidth=0.4 if right is None else 2.5)
     mark = '' if right is None else '✓ ' if right else '✗ '
     ax.set_title(mark + str(title), fontsize=7.5, color=colour, loc='center')
 
-# %% ../../nbs/engine/00_viz.ipynb #c034
 @styled
 def show_images(
     images, # [B,3,H,W], or a list of images of any kind and size
@@ -115,37 +122,49 @@ def show_images(
 ) -> Figure:
     "A contact sheet."
     titles = [''] * len(images) if titles is None else [str(t) for t in titles]
-    cols = max(1, min(ncols, len(images))); rows = max(1, -(-len(images) // cols)); lines = max((t.count('\n') + 1 for t in titles if t), default=0.2)
-    fig, axes = canvas(rows, cols, width=size * cols, height=rows * (size + 0.15 * lines) + (0.25 if title else 0))
+    cols = max(1, min(ncols, len(images)))
+    rows = max(1, -(-len(images) // cols))
+    lines = max((t.count('\n') + 1 for t in titles if t), default=0.2)
+    height = rows * (size + 0.15 * lines) + (0.25 if title else 0)
+    fig, axes = canvas(rows, cols, width=size * cols, height=height)
     for ax in axes.flat[len(images):]: ax.axis('off')
-    for i, ax in enumerate(axes.flat[:len(images)]): _image_on(ax, images[i], titles[i], None if right is None else bool(right[i]))
+    for i, ax in enumerate(axes.flat[:len(images)]):
+        _image_on(ax, images[i], titles[i], None if right is None else bool(right[i]))
     if title: fig.suptitle(title, fontsize=10, x=0.01, ha='left')
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c037
 def _fade(picture, patch, ids):
-    "The picture [H,W,3] with all patches but `ids` faded to grey, and the ids as a set; `UserError` where they do not fit."
+    "The picture [H,W,3] with all patches but `ids` faded to grey, and the ids as a set."
     h, w = picture.shape[0] // patch, picture.shape[1] // patch
-    if picture.shape[0] % patch or picture.shape[1] % patch: raise UserError(f'found an image of {picture.shape[0]}×{picture.shape[1]} pixels, expected multiples of patch {patch}')
+    if picture.shape[0] % patch or picture.shape[1] % patch:
+        size = f'{picture.shape[0]}×{picture.shape[1]}'
+        raise UserError(f'found an image of {size} pixels, expected multiples of patch {patch}')
     kept = set(range(h * w)) if ids is None else {int(i) for i in as_array(ids).reshape(-1)}
-    if not kept <= set(range(h * w)): raise UserError(f'found patch ids {sorted(kept - set(range(h * w)))}, expected 0…{h * w - 1}: the grid is {h}×{w}')
+    if not kept <= set(range(h * w)):
+        strange = sorted(kept - set(range(h * w)))
+        raise UserError(f'found patch ids {strange}, expected 0…{h * w - 1}: the grid is {h}×{w}')
     keep_hw = np.isin(np.arange(h * w), list(kept)).reshape(h, w).repeat(patch, 0).repeat(patch, 1)[..., None]
     return np.where(keep_hw, picture, 0.08 * picture + 0.92 * np.array(to_rgb(PALETTE['dropped']))), kept
 
-# %% ../../nbs/engine/00_viz.ipynb #c040
 def _patches_on(ax, image, patch, ids, title, numbers, prefix):
     "One image cut into patches on one axes."
-    shown, kept = _fade(as_picture(image), patch, ids); h, w = shown.shape[0] // patch, shown.shape[1] // patch
-    ax.imshow(shown, interpolation='nearest', extent=(0, w, h, 0)); ax.axis('off'); ax.set_title(title, loc='center', fontsize=8.5)
+    shown, kept = _fade(as_picture(image), patch, ids)
+    h, w = shown.shape[0] // patch, shown.shape[1] // patch
+    ax.imshow(shown, interpolation='nearest', extent=(0, w, h, 0))
+    ax.axis('off')
+    ax.set_title(title, loc='center', fontsize=8.5)
+    outline = [withStroke(linewidth=1.2, foreground='#444444')]
     for i in range(h * w):
-        y, x = divmod(i, w); bright = i in kept
-        ax.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, ec=PALETTE['kept'] if bright and ids is not None else 'white', lw=1.2))
-        if numbers and h * w <= 100: ax.text(x + 0.12, y + 0.14, i, fontsize=5, va='top', color='white' if bright else PALETTE['faint'],
-                                             path_effects=[withStroke(linewidth=1.2, foreground='#444444')] if bright else None)
+        y, x = divmod(i, w)
+        bright = i in kept
+        edge = PALETTE['kept'] if bright and ids is not None else 'white'
+        ax.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, ec=edge, lw=1.2))
+        if numbers and h * w <= 100:
+            colour, effects = ('white', outline) if bright else (PALETTE['faint'], None)
+            ax.text(x + 0.12, y + 0.14, i, fontsize=5, va='top', color=colour, path_effects=effects)
     for i in range(prefix): ax.add_patch(Rectangle((-1.25, i + 0.03), 0.94, 0.94, fc=PALETTE['cls'], ec='none'))
     ax.set(xlim=(-1.3 if prefix else 0, w), ylim=(h, 0))
 
-# %% ../../nbs/engine/00_viz.ipynb #c043
 @styled
 def show_patches(
     image, # one image, or a list of images
@@ -158,32 +177,36 @@ def show_patches(
 ) -> Figure: # raises `UserError` where patches do not fit or ids do not exist
     "Patches of images: the kept ones bright in teal frames, the dropped ones grey."
     if not isinstance(image, (list, tuple)): image, ids, title = [image], [ids], [title]
-    n = len(image); ids = ids or [None] * n; title = [title] * n if isinstance(title, str) else title; patch = [patch] * n if isinstance(patch, int) else patch
+    n = len(image)
+    ids = ids or [None] * n
+    title = [title] * n if isinstance(title, str) else title
+    patch = [patch] * n if isinstance(patch, int) else patch
     extra = max(1.3 * p / as_picture(x).shape[1] for x, p in zip(image, patch)) if prefix else 0
     fig, axes = canvas(1, n, width=size * n * (1 + extra), height=size + 0.2)
     for k, ax in enumerate(axes.flat): _patches_on(ax, image[k], patch[k], ids[k], title[k], numbers, prefix)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c046
+# %% ../../nbs/engine/00_viz.ipynb #c012
 def _place(words, width, left=0.0):
     "(left edge, line, width) in inches of each word, wrapped at `width`."
     spots, x, line = [], left, 0
     for w in words:
         size = 0.078 * len(w) + 0.14
         if x + size > width and x > left: x, line = left, line + 1
-        spots.append((x, line, size)); x += size + 0.06
+        spots.append((x, line, size))
+        x += size + 0.06
     return spots
 
-# %% ../../nbs/engine/00_viz.ipynb #c049
 def _ink_on(face):
-    "Dark or white ink, whichever is readable on the colour `face`."
+    "Dark or white ink, whichever is readable on the colour `face`: the eye weighs green most and blue least."
     return PALETTE['ink'] if np.dot(to_rgb(face), (0.299, 0.587, 0.114)) > 0.6 else 'white'
 
-# %% ../../nbs/engine/00_viz.ipynb #c052
 def _board(width, height):
     "A figure whose one axes counts in inches from the top left corner."
-    fig = Drawing(figsize=(width, height), dpi=100, facecolor='white'); ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, width), ylim=(height, 0)); ax.axis('off')
+    fig = Drawing(figsize=(width, height), dpi=100, facecolor='white')
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.axis('off')
     return fig, ax
 
 def _box(ax, x, y, w, h, text, face, color=None, size=9, **font):
@@ -191,7 +214,6 @@ def _box(ax, x, y, w, h, text, face, color=None, size=9, **font):
     ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle='round,pad=0,rounding_size=0.05', fc=face, ec='none'))
     ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', color=color or _ink_on(face), fontsize=size, **font)
 
-# %% ../../nbs/engine/00_viz.ipynb #c055
 def _positions(chosen, n):
     "The set of positions meant by positions or by n bools; None is all."
     if chosen is None: return set(range(n))
@@ -199,7 +221,6 @@ def _positions(chosen, n):
     if c.dtype == bool and len(c) != n: raise UserError(f'found {len(c)} bools, expected one for each of {n} words')
     return {int(i) for i in (np.flatnonzero(c) if c.dtype == bool else c)}
 
-# %% ../../nbs/engine/00_viz.ipynb #c058
 @styled
 def token_strip(
     words, # the words or pieces in order; those in [ ] or < > are special tokens
@@ -209,22 +230,30 @@ def token_strip(
     width: float = 7.2, # inches; longer strips wrap
 ) -> Figure:
     "A caption as a strip of tokens: kept teal, dropped grey, special gold."
-    words = [str(w) for w in words]; strips = kept if isinstance(kept, dict) else {'': kept}
-    left = 0.1 + max((0.085 * len(k) for k in strips), default=0); spots = _place(words, width - 0.05, left)
-    step = 0.34 if tags is None else 0.5; tall = (spots[-1][1] + 1 if spots else 1) * step + 0.08; top = 0.32 if title else 0.06
-    fig, ax = _board(width, top + tall * len(strips)); ax.text(0.1, 0.17, title, va='center', fontsize=10)
+    words = [str(w) for w in words]
+    strips = kept if isinstance(kept, dict) else {'': kept}
+    spots = _place(words, width - 0.05, 0.1 + max((0.085 * len(k) for k in strips), default=0))
+    step = 0.34 if tags is None else 0.5
+    tall = (spots[-1][1] + 1 if spots else 1) * step + 0.08
+    top = 0.32 if title else 0.06
+    fig, ax = _board(width, top + tall * len(strips))
+    ax.text(0.1, 0.17, title, va='center', fontsize=10)
     for r, (label, chosen) in enumerate(strips.items()):
-        ids, y0 = _positions(chosen, len(words)), top + r * tall; ax.text(0.1, y0 + 0.14, label, va='center')
+        ids, y0 = _positions(chosen, len(words)), top + r * tall
+        ax.text(0.1, y0 + 0.14, label, va='center')
         for i, (word, (x, line, w)) in enumerate(zip(words, spots)):
             y, special = y0 + line * step, word[:1] + word[-1:] in ('[]', '<>')
-            _box(ax, x, y, w, 0.28, word, PALETTE['dropped' if i not in ids else 'cls' if special else 'kept'], None if i in ids else PALETTE['faint'], family='monospace')
-            if tags is not None: ax.text(x + w / 2, y + 0.36, tags[i], ha='center', va='center', fontsize=6.5, color=PALETTE['faint'])
+            face = PALETTE['dropped' if i not in ids else 'cls' if special else 'kept']
+            _box(ax, x, y, w, 0.28, word, face, None if i in ids else PALETTE['faint'], family='monospace')
+            if tags is None: continue
+            ax.text(x + w / 2, y + 0.36, tags[i], ha='center', va='center', fontsize=6.5, color=PALETTE['faint'])
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c061
+# %% ../../nbs/engine/00_viz.ipynb #c015
 def _cmap(signed):
     "White to teal, or orange over white to teal for signed values."
-    return LinearSegmentedColormap.from_list('clipa', [PALETTE['text'], 'white', PALETTE['kept']] if signed else ['white', PALETTE['kept'], '#0f4a43'])
+    colours = [PALETTE['text'], 'white', PALETTE['kept']] if signed else ['white', PALETTE['kept'], '#0f4a43']
+    return LinearSegmentedColormap.from_list('clipa', colours)
 
 def _limits(m):
     "(low, high, signed): the range of colours of a matrix; NaN counts for nothing."
@@ -232,7 +261,6 @@ def _limits(m):
     signed = bool(np.nanmin(m, initial=0) < 0)
     return (-top if signed else 0.0), top, signed
 
-# %% ../../nbs/engine/00_viz.ipynb #c064
 @styled
 def heatmap(
     matrix, # [rows, columns]; NaN stays white
@@ -246,38 +274,54 @@ def heatmap(
     width: float = 4.5, # inches
 ) -> Figure:
     "A matrix in colour."
-    m = as_array(matrix).astype(np.float64); low, high, signed = _limits(m)
-    fig, axes = canvas(width=width, height=0.6 + 0.8 * max(1.2, min(width * m.shape[0] / m.shape[1], 6))); ax = axes[0, 0]
-    im = ax.imshow(m, cmap=_cmap(signed), vmin=low, vmax=high, aspect='auto'); fig.colorbar(im, ax=ax, shrink=0.85)
+    m = as_array(matrix).astype(np.float64)
+    low, high, signed = _limits(m)
+    fig, axes = canvas(width=width, height=0.6 + 0.8 * max(1.2, min(width * m.shape[0] / m.shape[1], 6)))
+    ax = axes[0, 0]
+    im = ax.imshow(m, cmap=_cmap(signed), vmin=low, vmax=high, aspect='auto')
+    fig.colorbar(im, ax=ax, shrink=0.85)
     if rows is not None: ax.set_yticks(range(len(rows)), [str(s) for s in rows])
-    if cols is not None: ax.set_xticks(range(len(cols)), [str(s) for s in cols], rotation=45 if max(len(str(c)) for c in cols) * len(cols) > 9 * width else 0)
+    if cols is not None:
+        tight = max(len(str(c)) for c in cols) * len(cols) > 9 * width
+        ax.set_xticks(range(len(cols)), [str(s) for s in cols], rotation=45 if tight else 0)
     for (i, j), v in np.ndenumerate(m if fmt and m.size <= 400 else np.zeros((0, 0))):
-        said = format(v, fmt); said = said.lstrip('-') if not said.strip('-0.') else said
+        said = format(v, fmt)
+        said = said.lstrip('-') if not said.strip('-0.') else said
         if v == v: ax.text(j, i, said, ha='center', va='center', fontsize=7, color=_ink_on(im.to_rgba(v)[:3]))
-    for i, j in outline: ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, ec=PALETTE['cls'], lw=2, clip_on=False))
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel); ax.spines[:].set_visible(False)
+    for i, j in outline:
+        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, ec=PALETTE['cls'], lw=2, clip_on=False))
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.spines[:].set_visible(False)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c067
 @styled
 def _bars_on(ax, series, title='', unit='', fmt='.3g', marks=None, log=False):
     "Horizontal bars of {series: {label: value}} on one axes, with marks {name: {label: value}}."
-    labels = list(dict.fromkeys(k for d in series.values() for k in d)); thick = 0.8 / max(1, len(series))
+    labels = list(dict.fromkeys(k for d in series.values() for k in d))
+    thick = 0.8 / max(1, len(series))
     for s, (name, d) in enumerate(series.items()):
         at = [i + (s - (len(series) - 1) / 2) * thick for i in range(len(labels))]
-        ax.barh(at, [d.get(k) or 0 for k in labels], height=thick * 0.92, color=SERIES[s % len(SERIES)], label=name or None)
+        colour = SERIES[s % len(SERIES)]
+        ax.barh(at, [d.get(k) or 0 for k in labels], height=thick * 0.92, color=colour, label=name or None)
         for y, v in zip(at, map(d.get, labels)):
-            ax.annotate('not run' if v is None else format(v, fmt) + unit, (v or 0, y), xytext=(3, 0), textcoords='offset points', va='center', fontsize=7.5,
-                        color=PALETTE['faint' if v is None else 'ink'])
+            text, colour = ('not run', PALETTE['faint']) if v is None else (format(v, fmt) + unit, PALETTE['ink'])
+            ax.annotate(text, (v or 0, y), xytext=(3, 0), textcoords='offset points', va='center', fontsize=7.5,
+                        color=colour)
     for s, (name, d) in enumerate((marks or {}).items()):
         at = [(d[k], i) for i, k in enumerate(labels) if k in d]
-        ax.vlines([v for v, _ in at], [i - 0.45 for _, i in at], [i + 0.45 for _, i in at], color=PALETTE[('cls', 'ink')[s % 2]], lw=2, ls=('-', ':')[s % 2], label=name)
-    ax.set_yticks(range(len(labels)), [textwrap.fill(str(k), 26) for k in labels]); ax.set_ylim(len(labels) - 0.4, -0.6); ax.set_title(title); ax.tick_params(axis='y', length=0)
-    ax.spines['left'].set_visible(False); ax.margins(x=0.16)
-    if log: ax.set_xscale('log'); ax.xaxis.set_major_formatter(LogFormatter())
+        ax.vlines([v for v, _ in at], [i - 0.45 for _, i in at], [i + 0.45 for _, i in at],
+                  color=PALETTE[('cls', 'ink')[s % 2]], lw=2, ls=('-', ':')[s % 2], label=name)
+    ax.set_yticks(range(len(labels)), [textwrap.fill(str(k), 26) for k in labels])
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.set_title(title)
+    ax.tick_params(axis='y', length=0)
+    ax.spines['left'].set_visible(False)
+    ax.margins(x=0.16)
+    if log:
+        ax.set_xscale('log')
+        ax.xaxis.set_major_formatter(LogFormatter())
     if len(series) > 1 or marks: ax.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
 
-# %% ../../nbs/engine/00_viz.ipynb #c070
 @styled
 def bars(
     values, # {label: number}, [(label, number)] or {series: {label: number}}; None is drawn as 'not run'
@@ -289,13 +333,13 @@ def bars(
     width: float = 7.2, # inches
 ) -> Figure:
     "Horizontal bars with their numbers."
-    values = dict(values); series = values if any(isinstance(v, dict) for v in values.values()) else {'': values}
+    values = dict(values)
+    series = values if any(isinstance(v, dict) for v in values.values()) else {'': values}
     labels = {k for d in series.values() for k in d}
     fig, axes = canvas(width=width, height=0.75 + 0.26 * len(labels) * (0.55 + 0.45 * len(series)))
     _bars_on(axes[0, 0], series, title, unit, fmt, marks, log)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c073
 @styled
 def lines(
     x, # the common abscissa, or {label: x}
@@ -310,36 +354,48 @@ def lines(
     height: float = 2.8, # inches
 ) -> Figure:
     "Curves with a legend."
-    fig, axes = canvas(width=width, height=height); ax = axes[0, 0]
+    fig, axes = canvas(width=width, height=height)
+    ax = axes[0, 0]
     for i, (label, y) in enumerate(ys.items()):
-        xs, y = as_array(x[label] if isinstance(x, dict) else x), [np.nan if v is None else float(v) for v in y]
-        ax.plot(xs, y, marker=marker or None, color=SERIES[i % len(SERIES)], ls='--' if label in dashed else '-', label=label)
+        xs = as_array(x[label] if isinstance(x, dict) else x)
+        y = [np.nan if v is None else float(v) for v in y]
+        style = '--' if label in dashed else '-'
+        ax.plot(xs, y, marker=marker or None, color=SERIES[i % len(SERIES)], ls=style, label=label)
     for name, axis in (('x', ax.xaxis), ('y', ax.yaxis)):
-        if name in log: ax.set(**{f'{name}scale': 'log'}); axis.set_major_formatter(LogFormatter()); axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    at = np.unique([v for line in ax.lines for v in line.get_xdata()]); ticks = [f'{v:,.10g}' for v in at]
-    if 'x' in log and 1 < len(at) < 9 and len(''.join(ticks)) < 7 * width and (at[1:] >= 1.3 * at[:-1]).all(): ax.set_xticks(at, ticks); ax.set_xticks([], minor=True)
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel); ax.grid(True); ax.legend(**(dict(loc='upper left', bbox_to_anchor=(1, 1)) if len(ys) > 5 else {}))
+        if name not in log: continue
+        ax.set(**{f'{name}scale': 'log'})
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    at = np.unique([v for line in ax.lines for v in line.get_xdata()])
+    ticks = [f'{v:,.10g}' for v in at]
+    few = 1 < len(at) < 9 and len(''.join(ticks)) < 7 * width
+    if 'x' in log and few and (at[1:] >= 1.3 * at[:-1]).all(): # ticks stand at the points themselves
+        ax.set_xticks(at, ticks)
+        ax.set_xticks([], minor=True)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True)
+    ax.legend(**(dict(loc='upper left', bbox_to_anchor=(1, 1)) if len(ys) > 5 else {}))
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c076
+# %% ../../nbs/engine/00_viz.ipynb #c020
 def _span(text, i):
     "Inches that a box (even i) or an arrow with its label (odd i) takes."
     n = max(map(len, text.split('\n')))
     return 0.082 * n + 0.24 if i % 2 == 0 else max(0.5, 0.066 * n + 0.24)
 
-# %% ../../nbs/engine/00_viz.ipynb #c079
 @styled
 def _chain(ax, items, spans, x, y, colour, aim=None):
     "Boxes and arrows from left to right around height `y`; an arrow at the end points at height `aim`."
     for i, (text, span) in enumerate(zip(items, spans)):
         end = aim if aim is not None and i == len(items) - 1 else y
-        if i % 2 == 0: _box(ax, x, y - 0.18, span, 0.36, text, colour, size=8.5)
+        if i % 2 == 0:
+            _box(ax, x, y - 0.18, span, 0.36, text, colour, size=8.5)
         else:
-            ax.annotate('', (x + span - 0.03, end), (x + 0.03, y), arrowprops=dict(arrowstyle='-|>', color=PALETTE['faint'], lw=1.2))
+            arrow = dict(arrowstyle='-|>', color=PALETTE['faint'], lw=1.2)
+            ax.annotate('', (x + span - 0.03, end), (x + 0.03, y), arrowprops=arrow)
             ax.text(x + span / 2, (y + end) / 2 - 0.09, text, ha='center', va='bottom', fontsize=7)
         x += span
 
-# %% ../../nbs/engine/00_viz.ipynb #c082
 @styled
 def flow(
     *rows, # lists that alternate box, arrow label, box, …; with `join` each ends with an arrow label
@@ -348,15 +404,19 @@ def flow(
     width: float = 0, # inches; 0 takes what is needed
 ) -> Figure:
     "Boxes and arrows, with the shapes on the arrows."
-    wide = [max(_span(r[i], i) for r in rows if i < len(r)) for i in range(max(map(len, rows)))]; tail = [_span(s, i) for i, s in enumerate(join or [])]
-    top, tall = (0.38 if title else 0.1), 0.62; middle = top + tall * len(rows) / 2 - 0.04
-    fig, ax = _board(max(width, 0.2 + sum(wide) + sum(tail)), top + tall * len(rows)); ax.text(0.1, 0.18, title, va='center', fontsize=10)
+    wide = [max(_span(r[i], i) for r in rows if i < len(r)) for i in range(max(map(len, rows)))]
+    tail = [_span(s, i) for i, s in enumerate(join or [])]
+    top, tall = (0.38 if title else 0.1), 0.62
+    middle = top + tall * len(rows) / 2 - 0.04
+    fig, ax = _board(max(width, 0.2 + sum(wide) + sum(tail)), top + tall * len(rows))
+    ax.text(0.1, 0.18, title, va='center', fontsize=10)
     for r, row in enumerate(rows):
-        _chain(ax, row, wide, 0.1, top + tall * r + 0.27, PALETTE[('image', 'text', 'ink')[r % 3]] if len(rows) > 1 else PALETTE['ink'], middle if join else None)
+        colour = PALETTE[('image', 'text', 'ink')[r % 3]] if len(rows) > 1 else PALETTE['ink']
+        _chain(ax, row, wide, 0.1, top + tall * r + 0.27, colour, middle if join else None)
     _chain(ax, join or [], tail, 0.1 + sum(wide), middle, PALETTE['ink'])
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c085
+# %% ../../nbs/engine/00_viz.ipynb #c023
 def _stages(rows):
     "The rows of each stage: [(name, rows)], in order."
     out = []
@@ -365,7 +425,6 @@ def _stages(rows):
         out[-1][1].append(r)
     return out
 
-# %% ../../nbs/engine/00_viz.ipynb #c088
 @styled
 def _history_on(ax, rows, keys, title=''):
     "Curves of the metrics `keys`, broken and named at each stage."
@@ -374,15 +433,20 @@ def _history_on(ax, rows, keys, title=''):
     for s, (name, part) in enumerate(_stages(rows)):
         for i, k in enumerate(keys):
             at = np.array([(r[x], r[k]) for r in part if r.get(k) is not None]).reshape(-1, 2)
-            ax.plot(*at.T, marker=marker[k], color=SERIES[i % len(SERIES)], label=k.removeprefix('val/') if s == 0 else None)
+            label = k.removeprefix('val/') if s == 0 else None
+            ax.plot(*at.T, marker=marker[k], color=SERIES[i % len(SERIES)], label=label)
         if s: ax.axvline(part[0][x], color=PALETTE['faint'], ls='--', lw=1)
         label = '' if name is None else f'stage {name}' if isinstance(name, int) else str(name)
         drawn = [r[x] for r in part if any(r.get(k) is not None for k in keys)]
-        if drawn: ax.text((drawn[0] + drawn[-1]) / 2, 1.0, label, transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7, color=PALETTE['faint'])
-    ax.set(xlabel=x); ax.set_title(title, pad=14 if title else 4); ax.grid(True)
-    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), borderaxespad=5.2, ncols=min(2, len(keys)), fontsize=7, frameon=False)
+        if not drawn: continue
+        ax.text((drawn[0] + drawn[-1]) / 2, 1.0, label, transform=ax.get_xaxis_transform(), ha='center', va='bottom',
+                fontsize=7, color=PALETTE['faint'])
+    ax.set(xlabel=x)
+    ax.set_title(title, pad=14 if title else 4)
+    ax.grid(True)
+    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), borderaxespad=5.2, ncols=min(2, len(keys)), fontsize=7,
+              frameon=False)
 
-# %% ../../nbs/engine/00_viz.ipynb #c091
 @styled
 def history(
     rows, # metrics: [{'step', 'stage', 'samples', 'train/loss', 'val/…'}], in order
@@ -392,70 +456,91 @@ def history(
 ) -> Figure: # raises `UserError` where there is nothing to draw
     "Training curves, with the boundary between stages marked."
     have = list(dict.fromkeys(k for r in rows for k, v in r.items() if v is not None))
-    groups = [list(keys)] if keys else [['train/loss'] * ('train/loss' in have), [k for k in have if k.startswith('val/')]]
+    if keys: groups = [list(keys)]
+    else: groups = [['train/loss'] * ('train/loss' in have), [k for k in have if k.startswith('val/')]]
     groups = [g for g in groups if set(g) & set(have)]
-    if not groups: raise UserError(f"found rows with {', '.join(have) or 'nothing'}, expected {', '.join(keys) if keys else 'train/loss or val/…'}")
+    if not groups:
+        wanted = ', '.join(keys) if keys else 'train/loss or val/…'
+        raise UserError(f"found rows with {', '.join(have) or 'nothing'}, expected {wanted}")
     fig, axes = canvas(1, len(groups), width=width, height=2.6)
     for ax, g in zip(axes.flat, groups): _history_on(ax, rows, g, title)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c094
+# %% ../../nbs/engine/00_viz.ipynb #c026
 def widget(
     f, # called with the sliders' values; what it returns is shown
     **sliders, # name=(low, high, step), name=[choices], name=True, or an ipywidgets widget
 ): # the box of sliders and result: the last value of a cell; raises `UserError` where ipywidgets is missing
-    "Sliders above a figure that follows them."
-    return need('ipywidgets', 'dev', 'a widget').interactive(f, {'auto_display': True}, **sliders)
+    "Sliders above a figure that follows them; a page without a kernel shows the figure as it was first."
+    interactive = need('ipywidgets', 'dev', 'a widget').interactive
 
-# %% ../../nbs/engine/00_viz.ipynb #c097
+    class Live(interactive):
+        def _repr_mimebundle_(self, **kwargs):
+            bundle = super()._repr_mimebundle_(**kwargs)
+            if isinstance(bundle, dict) and isinstance(self.result, Drawing):
+                bundle['image/png'] = b64encode(self.result._repr_png_()).decode()
+            return bundle
+
+    return Live(f, {'auto_display': True}, **sliders)
+
+# %% ../../nbs/engine/00_viz.ipynb #c029
 def _percent(shares):
     "The entries that are shares, in per cent."
     return {k: 100 * v for k, v in (shares or {}).items() if isinstance(v, (int, float)) and 0 <= v <= 1}
 
-# %% ../../nbs/engine/00_viz.ipynb #c100
 @styled
 def _absent(ax, what):
     "Say in the picture that a part is missing."
-    ax.axis('off'); ax.text(0.5, 0.5, f'no {what} in this report', ha='center', va='center', color=PALETTE['faint'])
+    ax.axis('off')
+    ax.text(0.5, 0.5, f'no {what} in this report', ha='center', va='center', color=PALETTE['faint'])
 
-# %% ../../nbs/engine/00_viz.ipynb #c103
+def _shares_on(ax, series, marks, title, what):
+    "Accuracies as bars, or a word that there are none."
+    if not series: return _absent(ax, what)
+    _bars_on(ax, series, title, ' %', '.1f', marks)
+    ax.set_xlim(0, 112)
+    ax.set_xticks(range(0, 101, 20))
+
+def _wrapped(text): return '\n'.join(textwrap.wrap(str(text), 22)[:3])
+
 def _example_title(e):
     "The best caption of an example; for a wrong one the true caption too."
-    wrap = lambda text: '\n'.join(textwrap.wrap(str(text), 22)[:3])
-    return wrap(e['best']) if e['right'] else f"{wrap(e['best'])}\n({wrap(e['true'])})"
+    return _wrapped(e['best']) if e['right'] else f"{_wrapped(e['best'])}\n({_wrapped(e['true'])})"
 
 def _examples_on(fig, cell, examples, cols=8):
-    "The first 16 examples in two rows inside one cell of a grid; fewer are spread out, which leaves their captions more room."
-    cols = min(cols, max(1, -(-len(examples) // 2))); grid = cell.subgridspec(2, cols)
-    for i, e in enumerate(examples[:2 * cols]): _image_on(fig.add_subplot(grid[i // cols, i % cols]), e['image'], _example_title(e), bool(e['right']))
+    "The first 16 examples in two rows inside one cell of a grid; fewer are spread out, with more room for captions."
+    cols = min(cols, max(1, -(-len(examples) // 2)))
+    grid = cell.subgridspec(2, cols)
+    for i, e in enumerate(examples[:2 * cols]):
+        _image_on(fig.add_subplot(grid[i // cols, i % cols]), e['image'], _example_title(e), bool(e['right']))
 
-# %% ../../nbs/engine/00_viz.ipynb #c106
 @styled
 def report_picture(
-    report: dict, # 'metrics' and 'shifts' {name: share}, 'history' rows, 'examples' [{'image', 'true', 'best', 'right'}]; optional 'compare' (metrics of a full-length run), 'floors', 'chance', 'recipe', 'seed'
+    report: dict, # what `clipa demo` reports, see above; every part may be missing
     path=None, # where to write the PNG; None writes nothing
 ) -> Figure: # a part that is missing is said to be missing
     "The picture beside a report."
-    fig = Drawing(figsize=(11, 11), dpi=100, layout='constrained', facecolor='white'); grid = fig.add_gridspec(3, 2, height_ratios=(1, 0.7, 1.5))
-    runs = {'this run': _percent(report.get('metrics')), 'full length': _percent(report.get('compare'))}; runs = {k: v for k, v in runs.items() if v}
+    fig = Drawing(figsize=(11, 11), dpi=100, layout='constrained', facecolor='white')
+    grid = fig.add_gridspec(3, 2, height_ratios=(1, 0.7, 1.5))
+    runs = {'this run': _percent(report.get('metrics')), 'full length': _percent(report.get('compare'))}
+    runs = {k: v for k, v in runs.items() if v}
     marks = {k: _percent(report.get(key)) for k, key in (('floor', 'floors'), ('chance', 'chance')) if report.get(key)}
-    shifts = {'': _percent(report.get('shifts'))}
-    for cell, series, marks, title, what in ((grid[0, 0], runs, marks, 'zero-shot and retrieval', 'metrics'), (grid[0, 1], shifts if shifts[''] else {}, None, 'accuracy under each shift', 'shifts')):
-        ax = fig.add_subplot(cell)
-        if series: _bars_on(ax, series, title, ' %', '.1f', marks); ax.set_xlim(0, 112); ax.set_xticks(range(0, 101, 20))
-        else: _absent(ax, what)
-    rows = report.get('history') or []; vals = list(dict.fromkeys(k for r in rows for k in r if k.startswith('val/')))[:6]
-    loss = fig.add_subplot(grid[1, 0] if vals else grid[1, :])
+    shifts = _percent(report.get('shifts'))
+    _shares_on(fig.add_subplot(grid[0, 0]), runs, marks, 'zero-shot and retrieval', 'metrics')
+    _shares_on(fig.add_subplot(grid[0, 1]), {'': shifts} if shifts else {}, None, 'accuracy under each shift', 'shifts')
+    rows = report.get('history') or []
+    validated = list(dict.fromkeys(k for r in rows for k in r if k.startswith('val/')))[:6]
+    loss = fig.add_subplot(grid[1, 0] if validated else grid[1, :])
     if rows: _history_on(loss, rows, ['train/loss'], 'training loss')
     else: _absent(loss, 'history')
-    if vals: _history_on(fig.add_subplot(grid[1, 1]), rows, vals, 'validation')
+    if validated: _history_on(fig.add_subplot(grid[1, 1]), rows, validated, 'validation')
     if report.get('examples'): _examples_on(fig, grid[2, :], report['examples'])
     else: _absent(fig.add_subplot(grid[2, :]), 'examples')
-    fig.suptitle(str(report.get('recipe', 'report')) + (f", seed {report['seed']}" if 'seed' in report else ''), x=0.01, ha='left', fontsize=12)
+    seed = f", seed {report['seed']}" if 'seed' in report else ''
+    fig.suptitle(str(report.get('recipe', 'report')) + seed, x=0.01, ha='left', fontsize=12)
     if path is not None: save(fig, path)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c109
 @styled
 def two_stages(
     costs: dict, # {label: GFLOPs of a pair}
@@ -464,11 +549,18 @@ def two_stages(
     title: str = 'the method in miniature', # above the curves
 ) -> Figure:
     "What a pair costs, beside what recorded runs reached in how much time."
-    fig, axes = canvas(1, 2, width=9, height=3, width_ratios=(1.15, 1)); left, right = axes[0]
+    fig, axes = canvas(1, 2, width=9, height=3, width_ratios=(1.15, 1))
+    left, right = axes[0]
     _bars_on(left, {'': costs}, 'one image–text pair, forward', ' GFLOP', '.0f')
-    if not rows: right.axis('off'); right.text(0.5, 0.5, 'not run', ha='center', va='center', color=PALETTE['faint']); return fig
+    if not rows:
+        right.axis('off')
+        right.text(0.5, 0.5, 'not run', ha='center', va='center', color=PALETTE['faint'])
+        return fig
     for i, run in enumerate(dict.fromkeys(r['run'] for r in rows)):
         at = [(r['spent'], 100 * r['top1']) for r in rows if r['run'] == run]
         right.plot(*zip(*at), marker='o', color=SERIES[i % len(SERIES)], label=run)
-    right.set(xlabel=spent, ylabel='zero-shot top-1, %', ylim=(0, 100)); right.set_title(title); right.grid(True); right.legend(loc='upper center', bbox_to_anchor=(0.5, 0), borderaxespad=4.6, frameon=False)
+    right.set(xlabel=spent, ylabel='zero-shot top-1, %', ylim=(0, 100))
+    right.set_title(title)
+    right.grid(True)
+    right.legend(loc='upper center', bbox_to_anchor=(0.5, 0), borderaxespad=4.6, frameon=False)
     return fig
