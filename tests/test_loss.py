@@ -1,5 +1,5 @@
 "Plain and streamed, on one process and on several, are one function; what is not a batch of pairs is refused on all ranks."
-import json, math, pathlib, runpy, sys
+import contextlib, json, math, pathlib, runpy, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -489,6 +489,26 @@ def called(comm):
     for name, more in dict(bare={}, key=dict(key=share(SHARED_KEYS, comm)), valid=dict(valid=torch.ones(6) > 0), both=dict(key=share(SHARED_KEYS, comm), valid=torch.ones(6) > 0), check=dict(check=True)).items():
         for form, chunk in dict(plain=None, streamed=3).items(): info_nce(image, text, 5., chunk=chunk, comm=(c := Counting(comm)), **more); out[name, form] = c.names
     return out
+
+def test_values_stay_on_the_device(monkeypatch):
+    "Tensors without values: whoever looks at one fails, as a GPU would be waited for."
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **more: contextlib.nullcontext()) # which there is none of
+    image, text = (x.to('meta').requires_grad_() for x in features(12)); key, counts = SHARED_KEYS.to('meta'), (SHARED_KEYS > 1).to('meta')
+    for form in FORMS.values():
+        bias, more = form.get('bias'), {k: v for k, v in form.items() if k not in ('bias', 'key')} | dict(key=key if 'key' in form else None, valid=counts)
+        out = info_nce(image, text, 5., **more) if bias is None else sigmoid_loss(image, text, 5., bias, **more)
+        out['loss'].backward()
+    row_mean(image.sum(1), counts).backward()
+    with pytest.raises((RuntimeError, NotImplementedError)): info_nce(image, text, 5., check=True)
+
+def test_features_are_as_narrow_as_autocast(monkeypatch):
+    batch = dict(image=torch.randn(6, 4), text=torch.randn(6, E))
+    def kinds(model):
+        with torch.autocast('cpu', torch.bfloat16): inside = Contrastive().features(model, batch)
+        return {z.dtype for z in inside.values()}, {z.dtype for z in Contrastive().features(model, batch).values()}
+    assert kinds(Pair()) == ({torch.float32}, {torch.float32})
+    monkeypatch.setattr(infonce, 'widens', lambda kind: True)
+    assert kinds(Pair()) == ({torch.bfloat16}, {torch.float32})
 
 def test_a_step_makes_no_collective_that_the_loss_does_not_need():
     names, f, i = spawn(called, 2)[0], 'gather torch.float64', 'gather torch.int64'
