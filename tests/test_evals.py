@@ -69,30 +69,13 @@ def test_ranks_are_those_of_the_whole_matrix():
         for tile in (1, 7, 64, 1024): assert torch.equal(rank_counts(image, text, k, tile=tile), ranks.bincount(minlength=101)), tile
 
 
-# ---- recipes ----
+# ---- worlds ----
 
-def test_recipes_that_do_not_exist():
-    from clipa_nb.recipes import Data, recipe, toy_world
+def test_worlds_that_do_not_exist():
+    from clipa_nb.recipes import ToyData, recipe, toy_world
     with pytest.raises(UserError, match='did you mean'): recipe('clipa-h14')
-    with pytest.raises(UserError, match='did you mean demo'): toy_world(Data(name='dmo'))
-    with pytest.raises(UserError, match='did you mean noise'): toy_world(Data(name='demo', dials=(('nois', 3.),)))
-
-
-def test_recipes_that_cannot_be_run():
-    from clipa_nb.recipes import TOY, Stage, check_toy, recipe, stage_plan, train_config
-    with pytest.raises(UserError, match='batch_size is 0, expected 1 or more'): Stage(batch_size=0)
-    with pytest.raises(UserError, match='expected 0 or more and less than 1'): Stage(beta2=1.)
-    with pytest.raises(UserError, match='use 84 or 98'): stage_plan(recipe('clipa-v2-h14').with_stages({'image_size': 90}), 0)
-    with pytest.raises(UserError, match='cannot be shared by 7 ranks'): train_config(TOY.stages[0], ranks=7)
-    check_toy(TOY); check_toy(recipe('clipa-v2-h14'))
-    for wrong, says in ((TOY.replace(data__n=0), 'expected 1 or more'), (TOY.replace(data__dials=(('glyphs', 2.),)), 'glyphs'), (TOY.with_stages({}, {'image_size': 240}), '240'), (TOY.replace(data__name='dmo'), 'demo')):
-        with pytest.raises(UserError, match=says): check_toy(wrong)
-
-
-def test_recipes_are_rebuilt_from_their_words():
-    from clipa_nb.recipes import RECIPES, Data, Recipe, smoke
-    assert Data.from_json(Data(dials=(('glyphs', 0.1),)).to_json()).dials == (('glyphs', 0.1),)
-    for r in RECIPES.values(): assert Recipe.from_json(smoke(r).to_json()) == smoke(r) and Recipe.from_json(r.to_json()) == r
+    with pytest.raises(UserError, match='did you mean demo'): toy_world(ToyData(name='dmo'))
+    with pytest.raises(UserError, match='did you mean noise'): toy_world(ToyData(name='demo', dials=(('nois', 3.),)))
 
 
 # ---- the exam ----
@@ -104,10 +87,51 @@ def test_the_handwritten_digits():
     assert digits['image'].shape == (1797, 3, 64, 64) and digits['label'].bincount().min() > 170
 
 
-def test_no_world_no_exam():
-    from clipa_nb.app.exam import evaluate
+def test_no_evaluations_no_exam():
+    from clipa_nb.app.exam import evaluate, skipped
     from clipa_nb.recipes import recipe
-    assert evaluate(None, None, recipe('clipa-v2-h14')) == ({}, [])
+    assert evaluate(None, None, recipe('clipa-v2-h14')) == ({}, []) and skipped(None, recipe('clipa-v2-h14')) == {}
+
+
+def test_evaluations_that_lead_nowhere():
+    from clipa_nb.app.exam import exams
+    from clipa_nb.recipes import TOY
+    for kind, says in (('app.exam:ToyExm', 'did you mean ToyExam'), ('app.exams:ToyExam', 'no module app.exams'), ('recipes:Stage', 'build\\(context\\)')):
+        with pytest.raises(UserError, match=says): exams(TOY.replace(evaluations=(kind,)))
+
+
+def test_a_recipe_without_a_world_is_asked_about_the_toy_recipes():
+    from clipa_nb.app.exam import toy_data
+    from clipa_nb.recipes import TOY, ToyData, recipe
+    own = ToyData(name='scattered')
+    assert toy_data(recipe('clipa-v2-h14')) == TOY.data and toy_data(TOY.replace(data=own)) == own
+    assert toy_data(recipe('clipa-v2-h14'), TOY.stages[0].replace(data=own)) == own
+
+
+class Seeing(nn.Module):
+    "Six numbers of a picture; no texts."
+    cfg = type('cfg', (), dict(image_size=32))
+    def encode_image(self, x, normalize=False): return F.normalize(F.adaptive_avg_pool2d(x.float(), (1, 2)).flatten(1), dim=1)
+
+
+def test_an_exam_leaves_out_and_names_what_a_model_cannot_answer():
+    from clipa_nb.app.exam import Context, ToyExam, evaluate, skipped
+    from clipa_nb.recipes import TOY
+    exam = ToyExam().build(Context(TOY, TOY.stages[0], None, small=True, quick=True))
+    assert exam(Seeing()) == {} and exam.examples(Seeing()) == []
+    why = 'it does not encode texts'
+    assert ToyExam().skipped(Seeing()) == skipped(Seeing(), TOY) == {'zero-shot': why, 'retrieval': why}
+    assert evaluate(Seeing(), None, TOY, small=True) == ({}, [])
+
+
+def test_what_is_quick_and_what_is_small():
+    from clipa_nb.app.exam import Context, ToyExam
+    from clipa_nb.recipes import TOY
+    def amounts(**kw): return ToyExam().amounts(Context(TOY, TOY.stages[0], None, **kw))
+    assert amounts() == dict(n_class=8, n_pairs=1000) and amounts(small=True) == dict(n_class=1, n_pairs=100)
+    assert amounts(quick=True) == dict(n_class=2, n_pairs=200, shifts=()) and amounts(quick=True, small=True) == dict(n_class=1, n_pairs=100, shifts=())
+    quick = ToyExam().build(Context(TOY, TOY.stages[0], None, small=True, quick=True))
+    assert quick.sets['seen']['image'].shape[-1] == 32 and quick.digits is None and quick.templates == ['a photo of a {}']
 
 
 def test_questions_without_glyphs_or_shifts():
@@ -116,7 +140,7 @@ def test_questions_without_glyphs_or_shifts():
     sets = toy_sets(TOY.data, 32, n_class=1, n_pairs=20, shifts=())
     assert set(sets) == {'seen', 'heldout', 'shifts', 'drawn', 'pairs'} and sets['shifts'] == {} and len(set(sets['pairs']['text'])) == 20
     assert list(toy_questions(sets)) == ['seen', 'heldout', 'shape', 'colour', 'glyphs']
-    plain = toy_sets(TOY.data.replace(dials=()).replace(name='scattered'), 32, n_class=1, n_pairs=20)
+    plain = toy_sets(TOY.data.replace(dials=(), name='scattered'), 32, n_class=1, n_pairs=20)
     for data, names in toy_questions(plain).values(): assert int(data['label'].max()) < len(names)
 
 

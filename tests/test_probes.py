@@ -3,7 +3,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
 from clipa_nb.distributed_trainer import spawn
-from clipa_nb.probes import (TRANSFORMS, encoded, _transformed, _wrong_in_front, all_rows, as_linear, draw_shots, effective_robustness, features, few_shot, fit_from, fit_line, fit_logistic,
+from clipa_nb.probes import (TRANSFORMS, encoded, _transformed, _wrong_in_front, all_rows, all_texts, as_linear, draw_shots, effective_robustness, features, few_shot, fit_from, fit_line, fit_logistic,
                              fit_ridge, labelled_features, line_at, linear_probe, minimise, own_features, rank_counts, recall, retrieval, robustness, standardised, strip, top1)
 from clipa_nb.zero_shot import batched, evaluating, linear
 
@@ -129,3 +129,135 @@ def test_the_drop_is_what_the_shifts_lose():
     assert set(got) == {'clean_top1', 'a_top1', 'b_top1', 'average_top1', 'drop'}
     assert got['drop'] == pytest.approx(got['clean_top1'] - (got['a_top1'] + got['b_top1']) / 2)
     assert 'drop' not in robustness(MODEL, dict(a=DATA), head)
+
+
+# ---- features that are no vectors, captions that are several ----
+
+class Tokens(nn.Module):
+    "Four vectors a picture, six a text and a mask; a similarity of its own and no temperature."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(3, 8), nn.Embedding(50, 8)
+    def embed(self, batch):
+        out = {}
+        if 'image' in batch: out['image'] = F.normalize(self.image(batch['image'].flatten(2).transpose(1, 2).float()), dim=-1)
+        if 'text' in batch:
+            z = self.text(batch['text'])
+            out['text'] = dict(tokens=F.normalize(z + z.mean(1, keepdim=True), dim=-1), mask=batch['text'] > 5) # no two texts tie
+        return out
+    def similarity(self, image, text):
+        s = torch.einsum('nie,mte->nmit', image, text['tokens'])
+        return s.masked_fill(~text['mask'][None, :, None], -torch.inf).amax(3).mean(2)
+
+
+TOKENS, OWNER = Tokens(), torch.arange(130).repeat_interleave(torch.arange(130) % 3 + 1)
+MANY = torch.randint(6, 50, (len(OWNER), 6), generator=G)
+
+
+def several(size):
+    "Pictures with one, two or three captions, in batches."
+    parts = [(i, torch.nonzero((OWNER >= i) & (OWNER < i + size))[:, 0]) for i in range(0, 130, size)]
+    return [dict(image=X[i:i + size], text=MANY[rows], owner=OWNER[rows] - i) for i, rows in parts]
+
+
+def recalls(s_nm, owner_m, k):
+    "CLIP_benchmark's: any caption of a picture among the first k; the picture of a caption among the first k."
+    right_nm = torch.arange(len(s_nm))[:, None] == owner_m
+    to_text = right_nm.gather(1, s_nm.topk(k, 1).indices).any(1).double().mean()
+    to_image = right_nm.T.gather(1, s_nm.T.topk(k, 1).indices).any(1).double().mean()
+    return float(to_text), float(to_image)
+
+
+def test_features_may_be_dictionaries():
+    f = features(TOKENS, PAIRS)
+    assert f['image'].shape == (130, 4, 8) and {k: tuple(v.shape) for k, v in f['text'].items()} == dict(tokens=(130, 6, 8), mask=(130, 6)) and f['text']['mask'].dtype == torch.bool
+    torch.testing.assert_close(f['text']['tokens'], TOKENS.embed(dict(text=T))['text']['tokens'].detach()); assert torch.equal(f['key'], K)
+    assert {k: tuple(v.shape) for k, v in strip(f['text'], 128, 4).items()} == dict(tokens=(4, 6, 8), mask=(4, 6))
+
+
+def test_retrieval_ranks_by_the_similarity_of_the_model():
+    z = TOKENS.embed(dict(image=X, text=T))
+    s, own = TOKENS.similarity(z['image'], z['text']).detach(), torch.arange(130)
+    pairs = [{k: v for k, v in batch.items() if k != 'key'} for batch in PAIRS]
+    got = retrieval(TOKENS, pairs, ks=(1, 5, 10))
+    for k in (1, 5, 10): assert (got[f'image_to_text_R@{k}'], got[f'text_to_image_R@{k}']) == pytest.approx(recalls(s, own, k))
+    assert got != retrieval(MODEL, pairs, ks=(1, 5, 10))
+    for tile in (32, 64, 4096): assert retrieval(TOKENS, pairs, ks=(1, 5, 10), tile=tile) == got
+
+
+@pytest.mark.parametrize('size', [30, 130, 7])
+def test_several_captions_count_as_in_clip_benchmark(size):
+    for model in (MODEL, TOKENS):
+        f = features(model, several(size))
+        s = (f['image'] @ f['text'].T if model is MODEL else model.similarity(f['image'], f['text'])).detach()
+        got = retrieval(model, several(size), ks=(1, 5, 10))
+        assert torch.equal(f['owner'], OWNER) and got['n'] == 130
+        for k in (1, 5, 10): assert (got[f'image_to_text_R@{k}'], got[f'text_to_image_R@{k}']) == pytest.approx(recalls(s, OWNER, k))
+
+
+def test_one_caption_with_an_owner_is_a_pair():
+    pairs = [dict(image=X[i:i + 30], text=T[i:i + 30]) for i in range(0, 130, 30)]
+    assert retrieval(MODEL, [dict(b, owner=torch.arange(len(b['image']))) for b in pairs]) == retrieval(MODEL, pairs)
+
+
+def test_pictures_without_captions_are_refused():
+    with pytest.raises(UserError, match='some pictures have no caption'): retrieval(MODEL, [dict(image=X, text=T[:2], owner=torch.tensor([0, 1]))], (1,))
+
+
+def asked_more(comm): return retrieval(TOKENS, PAIRS, comm=comm), retrieval(TOKENS, several(70), comm=comm), retrieval(MODEL, several(20), comm=comm), linear_probe(TOKENS, DATA, DATA, comm=comm)
+
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_ranks_share_tokens_and_several_captions(ranks): assert spawn(asked_more, ranks) == [asked_more(LOCAL)] * ranks
+
+
+def odd_batch(comm):
+    try: return features(MODEL, [dict(image=X[:3]), dict(text=T[:3])], comm)
+    except UserError as e: return str(e)
+
+
+def test_ranks_whose_batches_differ_all_say_so():
+    said = spawn(odd_batch, 2)
+    assert said[0] == said[1] and said[0].startswith('batches disagree between ranks: some have {"batch": ["int64"], "image": ["float32", 8]}'), said
+
+
+def texts(comm): return all_texts('κ' * comm.rank, comm)
+
+
+def test_texts_of_different_lengths_are_gathered(): assert spawn(texts, 3) == [['', 'κ', 'κκ']] * 3
+
+
+def test_probes_of_tokens_are_those_of_their_mean():
+    x, y = labelled_features(TOKENS, DATA)
+    torch.testing.assert_close(x, TOKENS.embed(dict(image=X))['image'].mean(1).detach()); assert torch.equal(y, Y)
+    assert set(few_shot(TOKENS, DATA, DATA, None, (1, 2))) == {'1-shot_top1', '2-shot_top1'} # no temperature
+
+
+def test_a_probe_needs_a_vector():
+    class Parts(Tokens):
+        def embed(self, batch): return dict(image=dict(a=batch['image'].flatten(1).float(), b=batch['image'][:, 0]))
+    with pytest.raises(UserError, match='a probe needs a vector for each picture, Parts gives a, b'): linear_probe(Parts(), DATA, DATA)
+
+
+def as_it_was(query, target, key, tile):
+    "The histogram as it was computed when a similarity could only be a product."
+    n, tile = len(query), -(-min(tile, len(query)) // 32) * 32
+    total = torch.zeros(n, dtype=torch.int64)
+    def cut(x, i): return F.pad(x[i:i + tile], (0, 0, 0, tile - len(x[i:i + tile])))
+    def pieces(i):
+        for j in range(0, n, tile):
+            right = key[i:i + tile, None] == key[j:j + tile]
+            yield (cut(query, i) @ cut(target, j).T)[:len(right), :right.shape[1]], right
+    for i in range(0, n, tile): total += torch.bincount(_wrong_in_front(lambda: pieces(i), torch.full((len(query[i:i + tile]),), -torch.inf)), minlength=n)
+    return total
+
+
+def test_products_are_those_they_were():
+    "Ties within rounding are decided alike: captions repeat with noise of one bit."
+    g = torch.Generator().manual_seed(5)
+    image, text = (F.normalize(torch.randn(300, 64, generator=g), dim=1) for _ in 'it')
+    text[1::2] = text[::2] * (1 + 2.**-23); image[::2] = text[::2]
+    for key in (torch.arange(300), torch.arange(300) % 90):
+        for tile in (32, 96, 1024):
+            assert torch.equal(rank_counts(image, text, key, tile), as_it_was(image, text, key, tile)) and torch.equal(rank_counts(text, image, key, tile), as_it_was(text, image, key, tile))

@@ -4,8 +4,8 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
 from clipa_nb.distributed_trainer import spawn
-from clipa_nb.zero_shot import (accuracy, batched, build_zero_shot_classifier, check_names, class_vectors, confusion, context_of, evaluating, fill, labelled, linear,
-                                not_below, predict, scores, share, tally, text_head, together, zero_shot)
+from clipa_nb.zero_shot import (PromptHead, accuracy, answers, batched, build_zero_shot_classifier, check_names, class_vectors, confusion, context_of, embed, evaluating, fill,
+                                labelled, linear, make_head, not_below, predict, product, scores, share, similarities, similarity_of, tally, text_head, tile_side, together, zero_shot)
 
 NAMES, TEMPLATES = ['ab', 'cd', 'ef', 'gh', 'ij'], ['{}', 'a {}', lambda name: name[::-1]]
 
@@ -132,3 +132,113 @@ def bad_label(comm):
 def test_a_bad_label_on_one_rank_ends_the_evaluation_on_all():
     first, second = spawn(bad_label, 2)
     assert first == 'the evaluation failed on another rank: its message says why' and 'but the head has 5 classes' in second
+
+
+# ---- models of another make ----
+
+class Tokens(nn.Module):
+    "Each picture is four vectors and each text six with a mask; a pair is as similar as its best tokens (as FILIP does it). No temperature."
+    context_length = 6
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(3, 8), nn.Embedding(50, 8)
+    def embed(self, batch):
+        out = {}
+        if 'image' in batch: out['image'] = F.normalize(self.image(batch['image'].flatten(2).transpose(1, 2).float()), dim=-1)
+        if 'text' in batch: out['text'] = dict(tokens=F.normalize(self.text(batch['text']), dim=-1), mask=batch['text'] != ord(' ') * 7 % 50)
+        return out
+    def similarity(self, image, text):
+        s = torch.einsum('nie,mte->nmit', image, text['tokens'])
+        return s.masked_fill(~text['mask'][None, :, None], -torch.inf).amax(3).mean(2)
+
+
+def test_a_similarity_of_its_own_makes_the_head():
+    model = Tokens()
+    head, image = make_head(model, NAMES, TEMPLATES, tok), embed(model, dict(image=X[:7]))['image']
+    assert isinstance(head, PromptHead) and head.out_features == 5 and similarity_of(model) == model.similarity
+    for k, name in enumerate(NAMES):
+        prompts = embed(model, dict(text=tok([fill(t, name) for t in TEMPLATES])))['text']
+        torch.testing.assert_close(scores(model, X[:7], head)[:, k], model.similarity(image, prompts).mean(1).detach())
+    for n in (1, 2, None): torch.testing.assert_close(make_head(model, NAMES, TEMPLATES, tok, classes_per_batch=n)(image), head(image))
+    got = zero_shot(model, DATA, head, (1, 2))
+    assert got['n'] == 130 and got['top1'] == pytest.approx(float((scores(model, X, head).argmax(1) == Y).float().mean()))
+    with pytest.raises(UserError, match='Tokens has no single vector for a text: use make_head'): text_head(model, tok, NAMES, TEMPLATES)
+
+
+def test_tiles_of_a_similarity_are_the_whole(monkeypatch):
+    model = Tokens()
+    z = embed(model, dict(image=X[:70], text=torch.randint(0, 50, (45, 6), generator=G)))
+    monkeypatch.setattr('clipa_nb.zero_shot.tile_side', lambda image, text: 32)
+    torch.testing.assert_close(similarities(model.similarity, z['image'], z['text']), model.similarity(z['image'], z['text']))
+
+
+def test_tiles_become_smaller_where_samples_have_more_vectors():
+    vector, patches, words = torch.ones(2, 8), torch.ones(2, 64, 8), dict(tokens=torch.ones(2, 17, 8), mask=torch.ones(2, 17, 3, dtype=torch.bool))
+    assert (tile_side(vector, vector), tile_side(patches, words), tile_side(torch.ones(1, 5000, 1), words)) == (1024, 224, 32)
+
+
+class Named(Small):
+    "Its head scores a picture by the lengths of the names."
+    def head(self, names, templates, tokenizer): return linear(torch.tensor([[float(len(n))] * 8 for n in names]))
+
+
+def test_a_head_of_its_own_is_taken():
+    assert make_head(Named(), ['a', 'abc'], TEMPLATES, tok).weight.tolist() == [[1.] * 8, [3.] * 8]
+
+
+def test_a_submodule_that_is_called_head_is_no_head():
+    class Headed(Small):
+        def __init__(self): super().__init__(); self.head, self.similarity = nn.Linear(8, 2), nn.Bilinear(8, 8, 1)
+    assert torch.equal(make_head(Headed(), NAMES, TEMPLATES, tok).weight, HEAD.weight) and similarity_of(Headed()) is product
+
+
+class Pixels(nn.Module):
+    "Texts are pictures, and one tower reads both; no temperature."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0); self.tower = nn.Linear(12, 8)
+    def encode_image(self, x, normalize=False): return F.normalize(self.tower(x.flatten(1).float()), dim=1)
+    encode_text = encode_image
+
+
+def draw(texts, context_length=None, strategy=None): return torch.tensor([[ord(c) % 256 for c in (t + ' ' * 12)[:12]] for t in texts], dtype=torch.uint8).view(-1, 3, 2, 2)
+
+
+def test_texts_may_be_pictures():
+    model = Pixels()
+    head = make_head(model, NAMES, TEMPLATES, draw)
+    assert head.weight.shape == (5, 8) and zero_shot(model, DATA, head)['n'] == 130
+    with pytest.warns(UserWarning, match="the same 12 pixel values as another in every prompt, first 'ab' and 'ab'"): make_head(model, ['ab', 'ab'], ['{}'], draw)
+
+
+class Blind(nn.Module):
+    def encode_text(self, x, normalize=False): return x
+
+
+class Reading(Blind):
+    reads_text = False
+    def embed(self, batch): return {}
+    def answers(self): return dict(probes='its pictures have no features')
+
+
+def test_what_a_model_can_answer():
+    mute, none = 'it does not encode texts', 'it does not encode pictures'
+    assert answers(MODEL) == answers(Tokens()) == answers(Pixels()) == {'zero-shot': '', 'retrieval': '', 'probes': ''}
+    assert answers(Blind()) == {'zero-shot': none, 'retrieval': none, 'probes': none}
+    assert answers(Reading()) == {'zero-shot': mute, 'retrieval': mute, 'probes': 'its pictures have no features'}
+    with pytest.raises(UserError, match='Reading encodes no texts: it cannot be asked by names'): make_head(Reading(), NAMES, TEMPLATES, tok)
+
+
+def test_a_clip_model_gets_the_same_numbers_bit_for_bit():
+    "As they were when evaluations called `encode_image`, `encode_text` and `logit_scale` themselves."
+    from clipa_nb.clip import ModelConfig, build_clip
+    from clipa_nb.cost import Tower
+    torch.manual_seed(3)
+    model = build_clip(ModelConfig(image=Tower(64, 1, 4, 128), text=Tower(64, 1, 4, 128), embed_dim=32, image_size=16, patch=8, context_length=6, vocab_size=50)).eval()
+    x, ids = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8), tok([fill(t, n) for n in NAMES for t in TEMPLATES])
+    with torch.no_grad():
+        w = torch.cat([F.normalize(model.encode_text(part, normalize=True).float().view(-1, 3, 32).mean(1), dim=1) for part in ids.split(6)])
+        said = linear(w)(model.encode_image(x, normalize=True).to(w.dtype))
+    head = make_head(model, NAMES, TEMPLATES, tok, classes_per_batch=2)
+    assert type(head) is nn.Linear and torch.equal(head.weight, w) and torch.equal(scores(model, x, head), said) and similarity_of(model) is product

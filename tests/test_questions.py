@@ -1,0 +1,225 @@
+"`clipa eval`: one preprocessing, captions by line, classes by name, refusals with reasons, and the miniatures of tests/papers."
+import io, json, warnings
+from pathlib import Path
+import pytest, torch, torch.nn.functional as F
+from PIL import Image
+from clipa_nb.app.questions import Pictures, Questions, answers, captions_in, checked, class_list, numbers_of, score_table
+from clipa_nb.core import UserError, load_user_code
+from clipa_nb.data import open_pairs
+from clipa_nb.pretrained import create_model, get_tokenizer, preprocess, save_pretrained
+from clipa_nb.recipes import TOY, recipe, smoke, toy_world
+from clipa_nb.tokenizer import train_wordpiece
+
+PAPERS = Path(__file__).parent / 'papers'
+
+
+@pytest.fixture(scope='session')
+def words():
+    from clipa_nb.toyworld import caption_text, scenes
+    return train_wordpiece(caption_text(scenes(toy_world(TOY.data), 0, range(1000))), vocab_size=256, context_length=17)
+
+
+def saved(out, r, tokenizer, seed=0):
+    "A fresh model of a recipe as a run leaves it."
+    torch.manual_seed(seed)
+    model = r.model.at(r.stages[-1]).build()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore') # what open_clip has no words for
+        for p in model.parameters(): p.add_(0.02 * torch.randn_like(p)) # so that prompts differ
+        save_pretrained(model, out, tokenizer=tokenizer, tokenizer_config=r.tokenizer if hasattr(r.tokenizer, 'size') else None)
+    (out / 'recipe.json').write_text(json.dumps(dict(recipe=r.to_dict(), seed=0, smoke=True)))
+    return out
+
+
+@pytest.fixture(scope='session')
+def clip(tmp_path_factory, words): return saved(tmp_path_factory.mktemp('clip') / 'model', smoke(TOY), words)
+
+
+def ask(model, **kw): return answers(str(model), checked(Questions(device='cpu', **kw)))
+
+
+# ---- one preprocessing ----
+
+def picture(mode, size=(37, 61)):
+    noise = torch.randint(0, 256, (size[1], size[0], 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
+    if mode == 'I;16': return Image.fromarray(noise[..., 0].astype('uint16') * 257)
+    image = Image.fromarray(noise, 'RGBA')
+    return image if mode == 'RGBA' else image.convert('RGB').convert(mode)
+
+
+KINDS = [('RGB', 'png'), ('RGB', 'jpg'), ('P', 'png'), ('RGBA', 'png'), ('I;16', 'png'), ('CMYK', 'jpg'), ('L', 'jpg'), ('1', 'png')]
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('size', [(37, 61), (64, 64), (90, 41)])
+@pytest.mark.parametrize('resize_mode', ['squash', 'shortest'])
+def test_eval_prepares_pictures_as_the_model_says(tmp_path, resize_mode, size):
+    val = preprocess(smoke(TOY).model.replace(image_size=32, resize_mode=resize_mode, interpolation='bicubic'))
+    for k, (mode, suffix) in enumerate(KINDS):
+        picture(mode, size).save(tmp_path / f'{k}.{suffix}'); (tmp_path / f'{k}.txt').write_text('x')
+    source = open_pairs(str(tmp_path))
+    seen = Pictures(source, val.transform, fields=())[0]['image']
+    mean, std = (torch.tensor(v)[:, None, None] for v in (val.mean, val.std))
+    for k, (mode, suffix) in enumerate(KINDS):
+        assert torch.equal((seen[k].float() / 255 - mean) / std, val(Image.open(tmp_path / f'{k}.{suffix}'))), (mode, suffix)
+
+
+# ---- captions ----
+
+@pytest.mark.parametrize('text, found', [('a cat', ['a cat']), (' a cat \n\n two cats\r\n', ['a cat', 'two cats']), (['a', ' b '], ['a', 'b']), (None, []), ('\n', []), ([], [])])
+def test_captions_are_lines_or_lists(text, found): assert captions_in(text) == found
+
+
+@pytest.fixture(scope='session')
+def captioned(tmp_path_factory):
+    "Nine pictures with one to five captions each, a caption a line."
+    folder = tmp_path_factory.mktemp('captioned')
+    for i in range(9):
+        Image.new('RGB', (40, 40), (25 * i, 255 - 25 * i, 60)).save(folder / f'{i}.png')
+        (folder / f'{i}.txt').write_text('\n'.join(f'{colour} {shape}' for colour, shape in zip(['red', 'blue', 'green', 'a dark', 'a light'][:i % 5 + 1], ['star', 'ring', 'square', 'heart', 'cross'][i % 5:] * 5)))
+    return folder
+
+
+def test_several_captions_are_several(clip, captioned):
+    model, tokenizer = create_model(f'local-dir:{clip}').eval(), get_tokenizer(f'local-dir:{clip}')
+    val, lines = preprocess(model.cfg), [(captioned / f'{i}.txt').read_text().splitlines() for i in range(9)]
+    owner = torch.tensor([i for i, found in enumerate(lines) for _ in found])
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([val(Image.open(captioned / f'{i}.png')) for i in range(9)]), normalize=True)
+        s = image @ model.encode_text(tokenizer([t for found in lines for t in found], model.cfg.context_length), normalize=True).T
+    right = torch.arange(9)[:, None] == owner
+    beaten = ((s >= s.masked_fill(~right, -2).amax(1, keepdim=True)) & ~right).sum(1), ((s >= s.masked_fill(~right, -2).amax(0, keepdim=True)) & ~right).sum(0)
+    for size in (2, 250):
+        got = ask(clip, suite='retrieval', val_data=(str(captioned),), batch_size=size)['metrics']
+        for k in (1, 5):
+            assert got[f'val/image_to_text_R@{k}'] == pytest.approx(float((beaten[0] < k).double().mean()))
+            assert got[f'val/text_to_image_R@{k}'] == pytest.approx(float((beaten[1] < k).double().mean()))
+    assert len(owner) == 25
+
+
+def test_a_picture_without_a_caption_ends_retrieval(clip, captioned, tmp_path):
+    for p in captioned.iterdir(): (tmp_path / p.name).write_bytes(p.read_bytes())
+    (tmp_path / '3.txt').write_text('\n')
+    with pytest.raises(UserError, match='3: no caption'): ask(clip, suite='retrieval', val_data=(str(tmp_path),))
+
+
+# ---- classes by name ----
+
+@pytest.fixture(scope='session')
+def folders(tmp_path_factory):
+    "Class folders: all three colours, and the last two of them."
+    root = tmp_path_factory.mktemp('folders')
+    for part, names in (('all', ('blue', 'green', 'red')), ('some', ('green', 'red'))):
+        for name in names:
+            (root / part / name).mkdir(parents=True)
+            for i in range(4): Image.new('RGB', (40, 40), tuple(200 * (name == c) + 9 * i for c in ('red', 'green', 'blue'))).save(root / part / name / f'{i}.png')
+    (root / 'names.txt').write_text('blue\ngreen\nred\n')
+    (root / 'told.txt').write_text('green\ta green thing\nblue\ta blue thing\nred\ta red thing\n')
+    return root
+
+
+def labels(parts, name): return [int(v) for batch in parts[name][-2] for v in batch['label']]
+
+
+def test_some_of_the_classes_are_numbered_by_name(clip, folders):
+    from clipa_nb.app.questions import own_parts
+    val = preprocess(smoke(TOY).model)
+    def parts(suite, *sets, **kw): return own_parts(Questions(suite=suite, val_data=tuple(str(folders / s) for s in sets), **kw), val.transform, None)
+    assert labels(parts('zero-shot', 'some', classes=str(folders / 'names.txt')), 'some') == [1] * 4 + [2] * 4
+    found = parts('zero-shot', 'some', classes=str(folders / 'told.txt'))
+    assert labels(found, 'some') == [0] * 4 + [2] * 4 and found['some'][1] == ['a green thing', 'a blue thing', 'a red thing']
+    assert labels(parts('robustness', 'all', 'some'), 'some') == [1] * 4 + [2] * 4
+    found = parts('probes', 'some', train_data=str(folders / 'all'))
+    assert labels(found, 'some') == [1] * 4 + [2] * 4 and found['some'][2] == ['blue', 'green', 'red']
+    got = ask(clip, suite='probes', val_data=(str(folders / 'some'),), train_data=str(folders / 'all'), shots=(4,))['metrics']
+    assert got['val/some-linear-probe-top1'] == 1 # by position, green would be called blue
+
+
+@pytest.mark.parametrize('suite, sets, more', [('zero-shot', ('all',), dict(classes='few.txt')), ('robustness', ('some', 'all'), {}), ('probes', ('all',), dict(train_data='some'))])
+def test_a_class_that_is_nowhere_is_an_error(clip, folders, suite, sets, more):
+    (folders / 'few.txt').write_text('green\nred\n')
+    with pytest.raises(UserError, match="the class folder 'blue' is not among the 2 classes of .*rename it, or give --classes"):
+        ask(clip, suite=suite, val_data=tuple(str(folders / s) for s in sets), **{k: str(folders / v) for k, v in more.items()})
+
+
+def test_a_source_without_names_keeps_its_numbers(folders):
+    class Numbered: names = None
+    assert numbers_of(Numbered(), ['a'], 'x') is None and numbers_of(open_pairs(str(folders / 'all')), None, '') is None
+    assert class_list(str(folders / 'told.txt')) == (['green', 'blue', 'red'], ['a green thing', 'a blue thing', 'a red thing'])
+
+
+# ---- what is refused ----
+
+def test_random_weights_are_not_asked(clip):
+    with pytest.raises(UserError, match='S-16 names an architecture without weights.*NAME:TAG; or --random-weights'): ask('ViT-S-16', suite='retrieval')
+    with pytest.raises(UserError, match='ViT-S-166'): ask('ViT-S-166', suite='retrieval')
+    assert ask(clip, suite='retrieval')['metrics']
+
+
+def test_random_weights_are_asked_where_somebody_insists(monkeypatch, words):
+    monkeypatch.setattr('clipa_nb.app.questions.get_tokenizer', lambda name: words)
+    monkeypatch.setattr('clipa_nb.app.questions.create_model_and_transforms', lambda name, device: (smoke(TOY).model.build(), None, preprocess(smoke(TOY).model)))
+    monkeypatch.setattr('clipa_nb.app.questions.world_of', lambda folder: (TOY, 0, True))
+    assert set(ask('ViT-S-16', suite='retrieval', random_weights=True)['metrics']) == {f'val/{a}_R@{k}' for a in ('image_to_text', 'text_to_image') for k in (1, 5)}
+
+
+MUTE = '''
+from dataclasses import dataclass
+from clipa_nb.clip import CLIP, ModelConfig
+from clipa_nb.recipes import recipe, smoke
+@dataclass(frozen=True)
+class Mute(ModelConfig):
+    def build(self, output_dict=False): return CLIP.from_config(self, output_dict, text=None)
+TOY = smoke(recipe('toy'))
+MUTE = TOY.replace(name='mute', model=Mute(**vars(TOY.model)))
+'''
+
+
+def test_a_suite_that_a_model_cannot_answer_says_why(tmp_path, folders, words):
+    (tmp_path / 'mute_paper.py').write_text(MUTE)
+    code = str(tmp_path / 'mute_paper.py')
+    model = saved(tmp_path / 'model', load_user_code(code).MUTE, words)
+    why = 'it does not encode texts'
+    for suite in ('zero-shot', 'retrieval', 'robustness'):
+        with pytest.raises(UserError, match=f'--suite {suite}: .*model cannot be asked this, {why}; it can be asked: probes'): ask(model, suite=suite, with_code=(code,))
+    with pytest.raises(UserError, match=f"can answer none of the exam's questions: {why}"): ask(model, with_code=(code,))
+    got = ask(model, suite='probes', val_data=(str(folders / 'some'),), train_data=str(folders / 'all'), shots=(4,), with_code=(code,))
+    assert got['metrics']['val/some-linear-probe-top1'] == 1
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(UserError, match='/nowhere/model: there is no such directory'): ask('/nowhere/model')
+
+
+# ---- user files ----
+
+def test_a_recipe_with_kinds_of_a_user_needs_the_users_file(clip, captioned, tmp_path):
+    notes = json.loads((clip / 'recipe.json').read_text())
+    notes['recipe']['objective'] = dict(kind='user.unseen_paper:Loss')
+    out = tmp_path / 'model'
+    out.mkdir()
+    for p in clip.iterdir(): (out / p.name).write_bytes(p.read_bytes())
+    (out / 'recipe.json').write_text(json.dumps(notes))
+    with pytest.raises(UserError, match='unseen_paper.py: give it with --with unseen_paper.py'): ask(out)
+    assert ask(out, suite='retrieval', val_data=(str(captioned),))['recipe'] == 'toy' # its training does not matter there
+    (tmp_path / 'unseen_paper.py').write_text('from dataclasses import dataclass\nfrom clipa_nb.infonce import ContrastiveConfig\n@dataclass(frozen=True)\nclass Loss(ContrastiveConfig): pass\n')
+    assert ask(out, with_code=(str(tmp_path / 'unseen_paper.py'),))['metrics'] == ask(clip)['metrics']
+
+
+# ---- the miniatures ----
+
+@pytest.mark.parametrize('name', ['clippo', 'coca', 'filip', 'owlvit', 'slip'])
+def test_the_miniatures_answer(name, tmp_path, words, captioned, monkeypatch):
+    monkeypatch.setattr('clipa_nb.toyworld.TEMPLATES', ['a photo of a {}'])
+    def no_digits(size): raise UserError('not today')
+    monkeypatch.setattr('clipa_nb.app.exam.digit_set', no_digits)
+    code = str(PAPERS / f'{name}.py')
+    r = getattr(load_user_code(code), name.upper())
+    tokenizer = words if name != 'clippo' else r.tokenizer.open(None, None, 0, 17)
+    model = saved(tmp_path / 'model', r, tokenizer)
+    got = ask(model, with_code=(code,))
+    assert got['not asked'] == {} and got['metrics']['val/pairs'] == 100 and all(0 <= v <= 1 for k, v in got['metrics'].items() if k != 'val/pairs')
+    assert 0 < got['metrics']['val/colour-zeroshot-val-top5'] < 1 and r.name in got['recipe']
+    own = ask(model, suite='retrieval', val_data=(str(captioned),), with_code=(code,))['metrics']
+    assert len(own) == 4 and 0 < own['val/image_to_text_R@5'] <= 1
+    assert '%' in score_table(dict(got, data=['toy world']))
