@@ -98,8 +98,8 @@ def is_kernel(
 ) -> bool: # True where it decays
     "CLIPA's JAX rule: only what multiplies activations decays; tables, biases, norms and temperature do not."
     table = isinstance(owner, nn.Embedding) or 'position' in type(owner).__name__.lower()
-    spared = ('pos', 'class', 'cls', 'token', 'embedding')
-    return p.ndim >= 2 and not table and not any(word in leaf.lower() for word in spared)
+    spared = any(word in leaf.lower() for word in ('pos', 'class', 'cls', 'token', 'embedding'))
+    return p.ndim >= 2 and not table and not spared
 
 # %% ../nbs/12_optimization.ipynb #c029
 def is_matrix(

@@ -235,7 +235,7 @@ def retrieval(
     out = {f'{name}_{k}': v for name, counts_n in counts.items() for k, v in recall(counts_n, ks).items()}
     return dict(out, n=float(n))
 
-# %% ../nbs/16_probes.ipynb #c045
+# %% ../nbs/16_probes.ipynb #c047
 def standardised(
     x_nE, # features
 ) -> tuple: # (features of mean 0 and variance 1, mean, deviation)
@@ -244,7 +244,7 @@ def standardised(
     std_E = x_nE.std(0, correction=0).clamp_min(1e-6)
     return (x_nE - mean_E) / std_E, mean_E, std_E
 
-# %% ../nbs/16_probes.ipynb #c048
+# %% ../nbs/16_probes.ipynb #c050
 def as_linear(
     w_ME, b_M, # a classifier of standardised features
     mean_E, std_E, # from `standardised`
@@ -252,7 +252,7 @@ def as_linear(
     "Fold the standardisation into the weights."
     return linear(w_ME / std_E, b_M - (w_ME / std_E) @ mean_E)
 
-# %% ../nbs/16_probes.ipynb #c051
+# %% ../nbs/16_probes.ipynb #c053
 def fit_ridge(
     x_nE, # features
     y_n, # labels 0…M−1
@@ -267,7 +267,7 @@ def fit_ridge(
     w_EM = torch.linalg.solve(gram_EE, x_nE.T @ (t_nM - b_M) / len(x_nE))
     return as_linear(w_EM.T, b_M, mean_E, std_E)
 
-# %% ../nbs/16_probes.ipynb #c054
+# %% ../nbs/16_probes.ipynb #c056
 def minimise(
     loss, # () → tensor, of the parameters
     params: list, # leaves
@@ -286,7 +286,7 @@ def minimise(
 
     with torch.enable_grad(): optimizer.step(closure)
 
-# %% ../nbs/16_probes.ipynb #c057
+# %% ../nbs/16_probes.ipynb #c059
 def fit_logistic(
     x_nE, # features
     y_n, # labels 0…M−1
@@ -305,7 +305,7 @@ def fit_logistic(
     minimise(loss, [w_ME, b_M], steps)
     return as_linear(w_ME.detach(), b_M.detach(), mean_E, std_E)
 
-# %% ../nbs/16_probes.ipynb #c060
+# %% ../nbs/16_probes.ipynb #c062
 def labelled_features(
     model, data, comm=LOCAL, # as for `features`
     classes: int = None, # labels must be below it
@@ -323,7 +323,7 @@ def labelled_features(
         raise UserError(f'labels from {low} to {high}: expected 0 to {most}')
     return f['image'].flatten(1, -2).mean(1) if f['image'].ndim > 2 else f['image'], f['label']
 
-# %% ../nbs/16_probes.ipynb #c063
+# %% ../nbs/16_probes.ipynb #c065
 def top1(
     head, # features → scores
     x_nE, # features
@@ -332,7 +332,7 @@ def top1(
     "Share of features that a head classifies rightly."
     with torch.no_grad(): return int((head(x_nE).argmax(1) == y_n).sum()) / len(y_n)
 
-# %% ../nbs/16_probes.ipynb #c066
+# %% ../nbs/16_probes.ipynb #c068
 FITS = dict(logistic=fit_logistic, ridge=fit_ridge)
 
 def linear_probe(
@@ -351,7 +351,7 @@ def linear_probe(
     head = FITS[fit](x_nE, y_n, M, l2)
     return dict(top1=top1(head, u_nE, v_n), train_top1=top1(head, x_nE, y_n), n=float(len(y_n)))
 
-# %% ../nbs/16_probes.ipynb #c071
+# %% ../nbs/16_probes.ipynb #c073
 def draw_shots(
     y_n, # labels
     k: int, # images of each class; raises `UserError` where a class has fewer
@@ -367,7 +367,7 @@ def draw_shots(
     starts_M = counts_M.cumsum(0) - counts_M
     return order_n[(starts_M[:, None] + torch.arange(k, device=y_n.device)).flatten()]
 
-# %% ../nbs/16_probes.ipynb #c074
+# %% ../nbs/16_probes.ipynb #c076
 def fit_from(
     head: nn.Linear, # where to start and what to stay near
     x_nE, # features of the shots
@@ -386,7 +386,7 @@ def fit_from(
     minimise(loss, [w_ME], steps)
     return linear(w_ME.detach())
 
-# %% ../nbs/16_probes.ipynb #c077
+# %% ../nbs/16_probes.ipynb #c079
 def few_shot(
     model, # as for `embed`
     train, # batches of {'image', 'label'} to draw the shots from
@@ -415,7 +415,7 @@ def few_shot(
         out[f'{k}-shot_top1'] = sum(got) / len(got)
     return out
 
-# %% ../nbs/16_probes.ipynb #c086
+# %% ../nbs/16_probes.ipynb #c088
 def robustness(
     model, # as for `zero_shot`
     shifts: dict, # {name: data}; 'clean', where there is one, is what the others are compared with
@@ -432,7 +432,7 @@ def robustness(
     if 'clean' in top: out['drop'] = top['clean'] - out['average_top1']
     return out
 
-# %% ../nbs/16_probes.ipynb #c089
+# %% ../nbs/16_probes.ipynb #c091
 NORMAL = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
 
 def _as_it_is(t): return t
@@ -457,7 +457,7 @@ def _transformed(values, transform):
         raise UserError(f'{found}: leave such points out, or measure them on more samples')
     return there(t)
 
-# %% ../nbs/16_probes.ipynb #c092
+# %% ../nbs/16_probes.ipynb #c094
 def fit_line(
     x, # numbers
     y, # as many
@@ -475,7 +475,7 @@ def fit_line(
     r2 = 1. if float(spread) == 0 else float(1 - rest / spread)
     return float(slope), float(y.mean() - slope * x.mean()), r2
 
-# %% ../nbs/16_probes.ipynb #c095
+# %% ../nbs/16_probes.ipynb #c097
 def line_at(
     line: tuple, # from `fit_line`
     x, # numbers
@@ -487,7 +487,7 @@ def line_at(
     _, back, _ = TRANSFORMS[transform]
     return back(t).tolist()
 
-# %% ../nbs/16_probes.ipynb #c098
+# %% ../nbs/16_probes.ipynb #c100
 def effective_robustness(
     clean, # accuracies on the ordinary test set
     shifted, # accuracies under a shift
