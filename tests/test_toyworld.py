@@ -459,7 +459,7 @@ LIES = dict(n_objects=[0.5, (), (0.,), (NAN, 1), (INF, 1), (-1., 2.), ('a', 1), 
             jitter_3=[10.5, -2., INF], rotation=[-20., NAN, INF, 1e9, (1., 2.)], noise=[-6., NAN, INF, 'much'], contrast=[(5., 9.), (1., 0.5), (-0.1, 1.), (NAN, 1.), 1., (1.,)], clutter=[2.5, 7, -1, NAN, '3'], language=['fr', None, 3],
             **{k: [12., (5.,), (9., 5.), (0., 9.), (9., 40.), (NAN, 9.), ('5', '9'), None] for k in ('size_1', 'size_2', 'size_3', 'size_glyph')}, **{k: [-0.1, 1.1, NAN, INF, 'often', None, (0.5,)] for k in PROBABILITIES})
 
-@pytest.mark.parametrize('dial', World().to_dict())
+@pytest.mark.parametrize('dial', World().flat())
 def test_worlds_that_lie_are_refused(dial):
     for value in LIES[dial]:
         with pytest.raises(UserError) as e: scenes(World(**{dial: value}), 0, range(3))

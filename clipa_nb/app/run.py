@@ -8,8 +8,8 @@ __all__ = ['NAMES', 'HOW', 'flag', 'shown', 'Options', 'n_workers', 'other_parts
            'same_data', 'place_of', 'open_data', 'captions_with_words', 'open_tokenizer', 'build_task', 'bare_task',
            'needs_of', 'stage_optimizer', 'evaluations_of', 'few_pairs', 'Rehearsal', 'stage_batches', 'few_samples',
            'random_batch', 'trial_seconds', 'make_plan', 'Run', 'next_weights', 'begin_stage', 'Stopwatch', 'added_up',
-           'silent', 'train_stage', 'last_checkpoint', 'train_stages', 'hardware_of', 'final_scores', 'finish',
-           'dry_run', 'run_effective', 'full_length', 'equal_steps', 'compare_run', 'run']
+           'silent', 'train_stage', 'last_checkpoint', 'train_stages', 'hardware_of', 'final_scores', 'own_tokenizer',
+           'finish', 'dry_run', 'run_effective', 'full_length', 'equal_steps', 'compare_run', 'run']
 
 # %% ../../nbs/app/02_run.ipynb #c002
 import contextlib, errno, hashlib, json, os, platform, socket, sys, tempfile, time, warnings
@@ -782,6 +782,10 @@ def final_scores(
         if hasattr(f, 'examples'): examples += f.examples(model)
     return scores, examples
 
+def own_tokenizer(recipe: Recipe): # its configuration where a saved directory cannot say what it is: None for ours
+    "What opens a tokenizer of a paper's own."
+    return None if isinstance(recipe.tokenizer, (Vocabulary, LearntVocabulary)) else recipe.tokenizer
+
 def finish(
     run: Run, # after training
     model, # the trained model
@@ -792,7 +796,7 @@ def finish(
     if first:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # that open_clip has no words for the model is said by `clipa export`
-            save_pretrained(model, folder, tokenizer=run.tokenizer)
+            save_pretrained(model, folder, tokenizer=run.tokenizer, tokenizer_config=own_tokenizer(run.recipe))
         write_json(folder / 'recipe.json', dict(recipe=run.recipe.to_dict(), seed=options.seed, smoke=options.smoke))
     scores, examples = final_scores(run, model)
     lost = sum(map(Counter, run.skipped), Counter())
@@ -810,7 +814,8 @@ def finish(
     if cannot := skipped(model, run.recipe): report['not asked'] = cannot
     if compare: report['compare'] = {k: compare[k] for k in ('metrics', 'stages')}
     if first:
-        write_card(folder, run.recipe.to_dict(), scores)
+        own = options.train_data # the scores of the toy exam say nothing about a user's own pairs
+        write_card(folder, run.recipe.to_dict(), {} if own else scores, data=own or run.recipe.data.name)
         draw_report(report, examples, run.out, compare)
         words = [{k: e[k] for k in ('true', 'best', 'right')} for e in examples]
         write_json(run.out / 'report.json', dict(report, examples=words))
