@@ -56,10 +56,10 @@ def embed(
 
 def product(
     image_nE, # unit rows
-    text_mE, # unit rows
+    text_ME, # unit rows
 ) -> torch.Tensor: # [n,m]
     "The similarity of vectors: the cosines of all pairs."
-    return image_nE @ text_mE.T
+    return image_nE @ text_ME.T
 
 def similarity_of(
     model, # any model
