@@ -999,6 +999,7 @@ def test_a_model_that_is_no_clip_comes_back(tmp_path):
     assert torch.equal(loaded(x), model(x)) and loaded[1].num_batches_tracked == 1 and loaded.cfg == EitherConfig(4)
     P.write_card(out, metrics={'top1': 0.75}, data='somebody\'s'); card = (out / 'README.md').read_text()
     assert 'somebody\'s' in card and 'my own' not in card and '| top1 | 0.75 |' in card and 'open_clip cannot load this model' in card and '- width: `4`' in card
+    refused('EitherConfig does not say how images are prepared .image_size, mean', P.create_model_and_transforms, f'local-dir:{out}')
     refused('open_clip has no words for this model', P.get_model_config, f'local-dir:{out}'); refused('unknown field of EitherConfig .image_size.', P.create_model, f'local-dir:{out}', force_image_size=8)
 
 def test_towers_of_other_libraries_come_back(tmp_path):
@@ -1143,6 +1144,11 @@ def test_what_a_person_writes_is_a_name(saved, tmp_path):
     (tmp_path / 'plan.json').write_text('{}')
     assert P.model_name(str(tmp_path)) == P.model_name(str(saved)) == f'local-dir:{saved}' and P.model_name('ViT-B/16') == 'ViT-B/16' and P.model_name('hf-hub:a/b') == 'hf-hub:a/b'
     (saved / 'config.json').unlink(); (saved / F.CONFIG).unlink(); refused('has not finished', P.model_name, str(tmp_path)); refused('no such directory', P.model_name, 'runs/nowhere')
+
+def test_a_model_is_not_exported_onto_itself(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (saved, 'model', saved / '..' / 'model'): refused('the directory of the model itself', P.check_apart, f'local-dir:{saved}', out)
+    P.check_apart(f'local-dir:{saved}', tmp_path / 'other'); P.check_apart('ViT-B-16', saved)
 
 # ---- the weights of another model to begin with
 
