@@ -304,14 +304,16 @@ def open_data(
     out: Path, # the run directory; None opens only what is there already
     options: Options, # train_data, seed
     comm=LOCAL, # rank 0 writes
+    found: list = None, # what was opened before: it is not indexed again
 ) -> list: # the pairs of each stage, None where they have yet to be drawn; raises `UserError` where there are none
     "The training pairs."
     opened = []
     for i in range(len(recipe.stages)):
         data = stage_data(recipe, i)
-        known = next((j for j in range(i) if stage_data(recipe, j) == data), None)
+        same = next((j for j in range(i) if stage_data(recipe, j) == data), None)
         where = place_of(recipe, data, options)
-        if known is not None: opened.append(opened[known])
+        if same is not None: opened.append(opened[same])
+        elif found and found[i] is not None: opened.append(found[i])
         elif out is None and not (where or data.path): opened.append(None)
         else:
             folder = out if data == recipe.data or out is None else out / f'stage {i}'
@@ -561,12 +563,13 @@ class Run:
         options: Options, # where and how
         out: Path, # claimed
         comm=LOCAL, # ranks
-        source=None, # the pairs of all stages, where they are open already
+        source=None, # the pairs of all stages, where they are open already, or
+        sources: list = None, # from `open_data`: those of each stage
     ):
         self.recipe, self.options, self.out, self.comm = recipe, options, Path(out), comm
         self.device = rank_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
-        sources = [source] * len(recipe.stages) if source else open_data(recipe, self.out, options, comm)
+        sources = [source] * len(recipe.stages) if source else open_data(recipe, self.out, options, comm, sources)
         same_data(self.out, sources, comm)
         self.source = sources[0]
         self.others = {i: s for i, s in enumerate(sources) if s is not sources[0]} # stages with pairs of their own
@@ -599,10 +602,12 @@ class Run:
 
     def tell(self, stage: Stage, batches: Batches):
         "Say once on the error stream what cannot be read, and why."
-        causes = {why for _, why in batches.skipped.counts}
-        if causes <= self.told: return
-        self.told |= causes
-        tqdm.write(f'note: stage {stage.name}: {batches.skipped.news()}', file=sys.stderr)
+        first = {}
+        for where, why in batches.skipped.counts: first.setdefault(why, where)
+        for why in [why for why in first if why not in self.told]:
+            self.told.add(why)
+            told = f'a sample of {first[why]} cannot be read: {why}; samples like it are left out, and counted in the log'
+            tqdm.write(f'note: stage {stage.name}: {told}', file=sys.stderr)
 
 # %% ../../nbs/app/02_run.ipynb #c024
 def next_weights(
@@ -858,12 +863,12 @@ def run_effective(
     with Rehearsal(recipe, options, comm.size) as small:
         plan = make_plan(recipe, options, comm.size, batch=small.batch, changed=changed)
     say(plan_table(plan))
-    open_data(recipe, None, options, comm)
+    sources = open_data(recipe, None, options, comm)
     if comm.rank == 0: claim(out, plan)
     comm.barrier()
     with sole_user(out, comm), interrupts() as got:
         recognise(out, recipe, options.seed, options.train_data) # another run may have come first
-        this = Run(recipe, options, out, comm)
+        this = Run(recipe, options, out, comm, sources=sources)
         model = train_stages(this, got)
         other = compare_run(this) if options.compare else None
         report = finish(this, model, other)
