@@ -222,7 +222,7 @@ class TextTower(nn.Module):
         self.encoder, self.pool, self.norm, self.head = encoder, pool, norm, head
 
     def forward(self, ids_BT, draw=None, hidden=False):
-        "Embed, place, read, pool, norm, project; `draw` is for towers that leave something to chance, as this one does not."
+        "Embed, place, read, pool, norm, project. Nothing here is left to chance, so `draw` has no effect."
         _check_ids(ids_BT, len(self.positions), self.embed.num_embeddings)
         layers = [] if hidden else None
         x_BTD = self.embed(ids_BT) + self.positions[:ids_BT.shape[1]]
@@ -284,7 +284,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, output_dict=False, **towers):
-        "Build what a configuration describes, with fresh weights; `visual=` or `text=` bring a tower of another make, or None."
+        "What a configuration describes, with fresh weights; `visual=` or `text=` bring another tower, or None."
         visual = towers['visual'] if 'visual' in towers else image_tower(cfg)
         text = towers['text'] if 'text' in towers else text_tower(cfg)
         return init_clip(cls(visual, text, cfg, output_dict), cfg.init)
@@ -299,7 +299,7 @@ class CLIP(nn.Module):
         return image.to(next(self.visual.parameters()).dtype)
 
     def encode_image(self, image, normalize=False, draw=None):
-        "[B,E] of images: bytes, or floats that are normalised already; `draw` int64 [B] decides which tokens are dropped."
+        "[B,E] of images: bytes, or normalised floats; `draw` int64 [B] decides which tokens are dropped."
         z_BE = self.visual(self.pixels(image), draw=draw)[0]
         return self.unit(z_BE) if normalize else z_BE
 
@@ -749,7 +749,7 @@ class TrunkConfig(ModelConfig):
     "A CLIP whose image tower, text tower, or both come from other libraries."
     image_trunk: str = '' # 'timm:NAME'; '': our own tower
     image_trunk_args: dict = field(default_factory=dict) # of `timm.create_model`, such as `img_size`
-    text_trunk: dict = field(default_factory=dict) # a transformers configuration with its `model_type`; {}: our own tower
+    text_trunk: dict = field(default_factory=dict) # a transformers configuration with `model_type`; {}: our own tower
     text_trunk_pool: str = 'mean' # a name in `HF_POOLS`
 
     def build(self, output_dict: bool = False):

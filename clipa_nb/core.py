@@ -51,7 +51,8 @@ def need(
     "Import an optional module, or say which extra brings it."
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f"{why or 'this'} needs {module.split('.')[0]}, which is not installed: pip install 'clipa_nb[{extra}]'") from e
+        package = module.split('.')[0]
+        raise UserError(f"{why or 'this'} needs {package}, which is not installed: pip install 'clipa_nb[{extra}]'") from e
 
 # %% ../nbs/00_core.ipynb #c017
 USER_FILES = 'CLIPA_USER_FILES' # the environment variable that tells worker processes which files were loaded
@@ -431,15 +432,19 @@ def agree(
     table = comm.gather(torch.tensor([[len(complaint) > 0, *options.values()]], dtype=torch.int64)).tolist()
     bad = [r for r, (refused, *_) in enumerate(table) if refused]
     if bad:
-        raise UserError(complaint or f"rank {', '.join(map(str, bad[:8]))} refused its input (its own message says why)")
+        others = f"rank {', '.join(map(str, bad[:8]))} refused its input (its own message says why)"
+        raise UserError(complaint or others)
     for name, column in zip(options, zip(*(rest for _, *rest in table))):
         if len(set(column)) > 1: raise UserError(_disagreement(name.replace('_', ' '), column))
 
 def _disagreement(name, column):
     "Who brings what, in one line."
     who = {v: [r for r, c in enumerate(column) if c == v] for v in dict.fromkeys(column)}
-    some = {v: ', '.join(map(str, rs[:4])) + (f' and {len(rs) - 4} more' if len(rs) > 4 else '') for v, rs in who.items()}
-    found = ', '.join(f"{v} on rank{'s' if len(who[v]) > 1 else ''} {ranks}" for v, ranks in some.items())
+    told = []
+    for v, ranks in who.items():
+        more = f' and {len(ranks) - 4} more' if len(ranks) > 4 else ''
+        told.append(f"{v} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:4]))}{more}")
+    found = ', '.join(told)
     return f'ranks disagree on {name}: {found}; give every rank the same (drop or carry over the last partial batch)'
 
 def module_device(

@@ -199,7 +199,7 @@ def partner_loss(
     own_b = comm.rank * len(logits_bB) + torch.arange(len(logits_bB), device=logits_bB.device)
     if logits_bB.shape[1] != comm.size * len(logits_bB):
         found, expected = tuple(logits_bB.shape), comm.size * len(logits_bB)
-        raise UserError(f'similarities {found} on {comm.size} ranks: expected {expected} columns, one for each row of all ranks')
+        raise UserError(f'similarities {found} on {comm.size} ranks: expected {expected} columns, one a row of all ranks')
     if valid_b is not None: # a row keeps its own column, so that it has a finite loss to ignore
         absent_bB = ~comm.gather(valid_b) & ~F.one_hot(own_b, logits_bB.shape[1]).bool()
         logits_bB = logits_bB.masked_fill(absent_bB, -torch.inf)

@@ -161,7 +161,8 @@ class CrossAttention(nn.Module):
         impl: str = 'auto', # one of `IMPLS`
     ):
         super().__init__()
-        if width % heads: raise UserError(f'width {width} is not divisible by {heads} heads: the heads share the width evenly')
+        if width % heads:
+            raise UserError(f'width {width} is not divisible by {heads} heads: the heads share the width evenly')
         self.heads, self.impl = heads, impl
         self.q_proj = nn.Linear(width, width)
         self.kv_proj = nn.Linear(context, 2 * width)
@@ -200,7 +201,8 @@ class Block(nn.Module):
     def look(self, x_BND, context, context_mask=None):
         "What the cross-attention adds; nothing where the block has none."
         if (context is None) != (self.cross is None):
-            found, wanted = ('no context', 'one') if context is None else ('a context', 'none: build it with context=WIDTH')
+            found, wanted = 'a context', 'none: build it with context=WIDTH'
+            if context is None: found, wanted = 'no context', 'one'
             raise UserError(f'found {found}, but this block expects {wanted}')
         return 0 if context is None else self.cross(self.ln_cross(x_BND), context, context_mask)
 

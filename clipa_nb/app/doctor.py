@@ -106,8 +106,8 @@ def check_doctor(
     options: Options, # as given
 ): # raises `UserError`
     "Refuse the flags that only a run can use."
-    run_only = ('batch_size', 'max_steps', 'checkpoint_steps', 'dry_run', 'compare', 'samples', 'lr', 'grad_clip', 'ema',
-                'init_from')
+    run_only = ('batch_size', 'max_steps', 'checkpoint_steps', 'dry_run', 'compare', 'samples', 'lr', 'grad_clip',
+                'ema', 'init_from')
     idle = [k for k in run_only if getattr(options, k) != getattr(Options(), k)]
     if not idle: return
     raise UserError(f'{flag(idle[0])} has no meaning for clipa doctor: it measures whole steps and trains nothing')

@@ -22,7 +22,8 @@ from ..pretrained import create_model_and_transforms, get_tokenizer, has_weights
 from ..probes import few_shot, linear_probe, retrieval, robustness
 from ..recipes import TOY, Recipe, toy_world
 from ..zero_shot import answers as can_answer, batched, context_of, make_head, zero_shot
-from .exam import Context, ToyExam, evaluate, notes_of, pair_batches, skipped, toy_data, toy_questions, world_of
+from .exam import Context, ToyExam, evaluate, notes_of, pair_batches, skipped
+from .exam import toy_data, toy_questions, world_of
 from .run import flag, shown
 
 # %% ../../nbs/app/03_questions.ipynb #c005
@@ -31,7 +32,8 @@ UserFiles = UseAppendAction[Annotated[tuple[str, ...], arg(name='with', metavar=
 @dataclass(frozen=True)
 class Questions(Config):
     "What a saved model is asked."
-    suite: Annotated[str, arg(metavar='NAME')] = 'toy' # toy (all of a run's report), zero-shot, retrieval, probes, robustness
+    # toy (all of a run's report), zero-shot, retrieval, probes, robustness
+    suite: Annotated[str, arg(metavar='NAME')] = 'toy'
     # own test sets, PATH or NAME=PATH, read as --train-data is; robustness compares the others with the first;
     # none: the toy world
     val_data: Annotated[tuple[str, ...], shown('WHERE')] = ()

@@ -106,7 +106,7 @@ def decode_crop(
     data, # bytes of an image file, or a PIL image, which is left as it is
     t: Transform, # what is wanted
     u=None, # the sample's uniform numbers, see `crop_box`
-) -> tuple: # (uint8 [S,S,3], the part kept (left, top, right, bottom) in pixels of the file, (width, height) of the file)
+) -> tuple: # (uint8 [S,S,3], part kept (left, top, right, bottom), (width, height)), both in pixels of the file
     "`decode`, and what was cut from where: boxes need it to move along."
     image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))
     size, S = image.size, t.size
