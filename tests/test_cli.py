@@ -649,12 +649,12 @@ def test_parts_of_the_toy_world():
 
 def test_a_folder_or_a_name(finished):
     from clipa_nb.app.exam import world_of
-    from clipa_nb.app.questions import model_at
+    from clipa_nb.pretrained import model_name
     from clipa_nb.core import UserError
     from clipa_nb.recipes import TOY, smoke
     folder = finished / 'model'
-    assert (model_at(str(folder)), model_at('ViT-B/16'), model_at('hf-hub:some/model')) == (f'local-dir:{folder}', 'ViT-B/16', 'hf-hub:some/model')
-    with pytest.raises(UserError, match='no such directory'): model_at('a/modle')
+    assert [model_name(x) for x in (str(folder), str(finished), 'ViT-B/16', 'hf-hub:some/model')] == [f'local-dir:{folder}', f'local-dir:{folder}', 'ViT-B/16', 'hf-hub:some/model']
+    with pytest.raises(UserError, match='no such directory'): model_name('a/modle')
     assert world_of(folder) == (smoke(TOY), 0, True) and world_of(Path('ViT-B-16')) == (TOY, 0, False)
 
 def test_the_table_of_a_suite(clipa, finished, tmp_path):
