@@ -9,13 +9,14 @@ __all__ = ['Flags', 'UserFiles', 'Changes', 'COMMANDS', 'REPEATABLE', 'REGISTRY'
            'warnings_as_notes', 'answer', 'main']
 
 # %% ../nbs/app/05_cli.ipynb #c002
-import contextlib, functools, importlib.metadata, inspect, io, os, re, shlex, shutil, signal, sys, time, traceback, warnings
+import contextlib, functools, importlib.metadata, inspect, io, os, re, shlex, shutil, signal, sys, time, traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, Optional, get_args
 import torch
 import tyro
 from tqdm.auto import tqdm
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from .core import Config, UserError, load_user_code, need, unknown
 from .cost import HARDWARE, dollars, hours
@@ -31,12 +32,12 @@ from .engine.checkpoints import write_json
 from .app.doctor import doctor
 from .app.questions import Questions, answers, checked, score_table
 from .app.report import plan_table, report_table
-from .app.run import Options, effective, make_plan, run
+from .app.run import Options, effective, make_plan, repeated, run
 
 # %% ../nbs/app/05_cli.ipynb #c005
 Flags = OmitArgPrefixes[Options] # the options of a run, without a prefix
-UserFiles = UseAppendAction[Annotated[tuple[str, ...], arg(name='with', metavar='PATH.py', help_behavior_hint='')]]
-Changes = UseAppendAction[Annotated[tuple[str, ...], arg(name='set', metavar='FIELD=VALUE', help_behavior_hint='')]]
+UserFiles = repeated('PATH.py', 'with')
+Changes = repeated('FIELD=VALUE', 'set')
 
 def demo(
     options: Flags = Options(), # how and where to run
@@ -200,7 +201,8 @@ def in_help(
     "Options stand in one group without a name; a positional parameter stands under its own name."
     kind, marks = parameter.annotation, get_args(parameter.annotation)
     if isinstance(parameter.default, Config): return Annotated[kind, arg(name='')]
-    if marks and marks[0] is str and 'Positional' in str(marks[1:]): return Annotated[kind, arg(metavar=parameter.name.upper())]
+    if marks and marks[0] is str and 'Positional' in str(marks[1:]):
+        return Annotated[kind, arg(metavar=parameter.name.upper())]
     return kind
 
 def later(

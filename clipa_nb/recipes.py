@@ -338,7 +338,8 @@ def _recipe_read(path):
     "A recipe from JSON: its own, or that of a plan or of a saved model."
     try: d = json.loads(path.read_text())
     except OSError as e: raise UserError(f'{path}: {e.strerror}; expected a recipe as JSON') from e
-    except ValueError as e: raise UserError(f'{path} is not JSON ({e}): expected what clipa recipes --json prints') from e
+    except ValueError as e:
+        raise UserError(f'{path} is not JSON ({e}): expected what clipa recipes --json prints') from e
     if isinstance(d, dict) and isinstance(d.get('recipe'), dict): d = d['recipe']
     try: return Recipe.from_dict(d)
     except UserError as e: raise UserError(f'{path}: {e}') from e
@@ -412,7 +413,8 @@ def train_config(
     share, schedule = stage.batch_size // ranks, stage.schedule
     chunks = -(-share // stage.micro_batch) if stage.micro_batch else 1
     for ramp in ('warmup', 'cooldown'):
-        if hasattr(schedule, ramp): schedule = schedule.replace(**{ramp: min(getattr(schedule, ramp), stage.steps // 2)})
+        if not hasattr(schedule, ramp): continue
+        schedule = schedule.replace(**{ramp: min(getattr(schedule, ramp), stage.steps // 2)})
     return TrainConfig(steps=stage.steps, lr=stage.lr, schedule=schedule, max_scale=stage.max_scale, chunks=chunks,
                        grad_clip=stage.grad_clip, ema=stage.ema, precision=precision, **kw)
 

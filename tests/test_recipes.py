@@ -127,13 +127,13 @@ def test_toy_samples_say_what_is_in_them(tmp_path):
 def test_where_recipes_are_found(tmp_path):
     from clipa_nb.core import UserError
     from clipa_nb.recipes import TOY, recipe
-    (tmp_path / 'own.py').write_text("from clipa_nb.recipes import recipe\nA = recipe('toy').replace(name='a')\nB = A.replace(name='b')\nC = 3\n")
+    (tmp_path / 'found.py').write_text("from clipa_nb.recipes import recipe\nA = recipe('toy').replace(name='a')\nB = A.replace(name='b')\nC = 3\n")
     (tmp_path / 'empty.py').write_text('')
-    assert recipe(f'{tmp_path}/own.py:B').name == 'b'
+    assert recipe(f'{tmp_path}/found.py:B').name == 'b'
     for name, text in (('r', TOY.to_json()), ('plan', json.dumps(dict(recipe=TOY.to_dict(), seed=0)))): (tmp_path / f'{name}.json').write_text(text)
     assert recipe(f'{tmp_path}/r.json') == recipe(f'{tmp_path}/plan.json') == TOY
     (tmp_path / 'odd.json').write_text('{"nme": "x"}'); (tmp_path / 'no.json').write_text('{'); (tmp_path / 'list.json').write_text('[]')
-    for name, says in (('own.py:D', 'unknown recipe in .*own.py'), ('own.py', 'say which recipe: .*own.py:A or .*own.py:B'), ('own.py:C', 'unknown recipe'), ('none.py:A', 'expected an existing Python file'), ('empty.py', 'it defines none'),
+    for name, says in (('found.py:D', 'unknown recipe in .*found.py'), ('found.py', 'say which recipe: .*own.py:A or .*own.py:B'), ('found.py:C', 'unknown recipe'), ('none.py:A', 'expected an existing Python file'), ('empty.py', 'it defines none'),
                        ('none.json', 'No such file'), ('odd.json', 'odd.json: .*did you mean name'), ('no.json', 'is not JSON'), ('list.json', 'found list')):
         with pytest.raises(UserError, match=says): recipe(f'{tmp_path}/{name}')
     with pytest.raises(UserError, match='did you mean toy.*file.json, or path.py:NAME'): recipe('tooy')
