@@ -653,11 +653,7 @@ def test_a_folder_or_a_name(finished):
     from clipa_nb.core import UserError
     from clipa_nb.recipes import TOY, smoke
     folder = finished / 'model'
-<<<<<<< HEAD
-    assert (model_name(str(folder)), model_name('ViT-B/16'), model_name('hf-hub:some/model')) == (f'local-dir:{folder}', 'ViT-B/16', 'hf-hub:some/model')
-=======
     assert [model_name(x) for x in (str(folder), str(finished), 'ViT-B/16', 'hf-hub:some/model')] == [f'local-dir:{folder}', f'local-dir:{folder}', 'ViT-B/16', 'hf-hub:some/model']
->>>>>>> run2
     with pytest.raises(UserError, match='no such directory'): model_name('a/modle')
     assert world_of(folder) == (smoke(TOY), 0, True) and world_of(Path('ViT-B-16')) == (TOY, 0, False)
 
