@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'SERIES', 'STYLE', 'Drawing', 'styled', 'canvas', 'save', 
            'show_patches', 'token_strip', 'heatmap', 'bars', 'lines', 'flow', 'history', 'widget', 'report_picture',
            'two_stages']
 
-# %% ../../nbs/engine/00_viz.ipynb #c002
+# %% ../../nbs/engine/00_viz.ipynb #c003
 import functools, os, textwrap
 from base64 import b64encode
 from io import BytesIO
@@ -21,7 +21,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
 
-# %% ../../nbs/engine/00_viz.ipynb #c005
+# %% ../../nbs/engine/00_viz.ipynb #c006
 PALETTE = dict(kept='#2a9d8f', dropped='#d9d9d9', cls='#e9b824', image='#2a9d8f', text='#bf4a22', right='#2a9d8f',
                wrong='#bf4a22', ink='#22313f', faint='#74808c')
 SERIES = ('#2a9d8f', '#bf4a22', '#22313f', '#e9b824', '#8a4fa8', '#86c5e8') # the order of curves and bars
@@ -77,7 +77,7 @@ def save(
         part.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/engine/00_viz.ipynb #c008
+# %% ../../nbs/engine/00_viz.ipynb #c009
 def as_array(
     x, # a torch tensor of any dtype and device, a numpy array, or nested lists
 ) -> np.ndarray: # on the CPU; bfloat16 and half become float32
@@ -186,7 +186,7 @@ def show_patches(
     for k, ax in enumerate(axes.flat): _patches_on(ax, image[k], patch[k], ids[k], title[k], numbers, prefix)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c012
+# %% ../../nbs/engine/00_viz.ipynb #c013
 def _place(words, width, left=0.0):
     "(left edge, line, width) in inches of each word, wrapped at `width`."
     spots, x, line = [], left, 0
@@ -249,7 +249,7 @@ def token_strip(
             ax.text(x + w / 2, y + 0.36, tags[i], ha='center', va='center', fontsize=6.5, color=PALETTE['faint'])
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c015
+# %% ../../nbs/engine/00_viz.ipynb #c016
 def _cmap(signed):
     "White to teal, or orange over white to teal for signed values."
     colours = [PALETTE['text'], 'white', PALETTE['kept']] if signed else ['white', PALETTE['kept'], '#0f4a43']
@@ -377,7 +377,7 @@ def lines(
     ax.legend(**(dict(loc='upper left', bbox_to_anchor=(1, 1)) if len(ys) > 5 else {}))
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c020
+# %% ../../nbs/engine/00_viz.ipynb #c021
 def _span(text, i):
     "Inches that a box (even i) or an arrow with its label (odd i) takes."
     n = max(map(len, text.split('\n')))
@@ -416,7 +416,7 @@ def flow(
     _chain(ax, join or [], tail, 0.1 + sum(wide), middle, PALETTE['ink'])
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c023
+# %% ../../nbs/engine/00_viz.ipynb #c024
 def _stages(rows):
     "The rows of each stage: [(name, rows)], in order."
     out = []
@@ -466,7 +466,7 @@ def history(
     for ax, g in zip(axes.flat, groups): _history_on(ax, rows, g, title)
     return fig
 
-# %% ../../nbs/engine/00_viz.ipynb #c026
+# %% ../../nbs/engine/00_viz.ipynb #c027
 def widget(
     f, # called with the sliders' values; what it returns is shown
     **sliders, # name=(low, high, step), name=[choices], name=True, or an ipywidgets widget
@@ -483,7 +483,7 @@ def widget(
 
     return Live(f, {'auto_display': True}, **sliders)
 
-# %% ../../nbs/engine/00_viz.ipynb #c029
+# %% ../../nbs/engine/00_viz.ipynb #c030
 def _percent(shares):
     "The entries that are shares, in per cent."
     return {k: 100 * v for k, v in (shares or {}).items() if isinstance(v, (int, float)) and 0 <= v <= 1}
