@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RankError', 'fork_works', 'spawn']
 
-# %% ../../nbs/engine/07_launch.ipynb #c002
+# %% ../../nbs/engine/07_launch.ipynb #c003
 import contextlib, io, multiprocessing, os, pickle, sys, tempfile, time, traceback, warnings
 from multiprocessing.connection import wait
 import torch
 from ..core import LOCAL, UserError, need, unknown
 
-# %% ../../nbs/engine/07_launch.ipynb #c006
+# %% ../../nbs/engine/07_launch.ipynb #c007
 class RankError(RuntimeError):
     "A rank failed, or did not come; the message says which."
 
@@ -33,7 +33,7 @@ def _child(fn, args, connect, rank, size, store, timeout, pipe):
     pipe.recv_bytes()
     os._exit(0)
 
-# %% ../../nbs/engine/07_launch.ipynb #c008
+# %% ../../nbs/engine/07_launch.ipynb #c009
 def _open(rank, pipe):
     "(result, printed) of one rank, or the error it ended with."
     try:
@@ -59,7 +59,7 @@ def _collect(ranks, pipes, timeout):
                 raise RankError(f'rank {r} died without a word')
     return [answers[r] for r in range(len(pipes))]
 
-# %% ../../nbs/engine/07_launch.ipynb #c010
+# %% ../../nbs/engine/07_launch.ipynb #c011
 def _backward_pass():
     "One backward pass in a forked child; its exit code says whether it went well."
     try:
@@ -87,7 +87,7 @@ def fork_works(
         child.join()
     return child.exitcode == 0
 
-# %% ../../nbs/engine/07_launch.ipynb #c014
+# %% ../../nbs/engine/07_launch.ipynb #c015
 class _ByValue:
     "Pickled, it becomes what it holds, by value."
     def __init__(self, held):
