@@ -133,7 +133,7 @@ def test_where_recipes_are_found(tmp_path):
     for name, text in (('r', TOY.to_json()), ('plan', json.dumps(dict(recipe=TOY.to_dict(), seed=0)))): (tmp_path / f'{name}.json').write_text(text)
     assert recipe(f'{tmp_path}/r.json') == recipe(f'{tmp_path}/plan.json') == TOY
     (tmp_path / 'odd.json').write_text('{"nme": "x"}'); (tmp_path / 'no.json').write_text('{'); (tmp_path / 'list.json').write_text('[]')
-    for name, says in (('found.py:D', 'unknown recipe in .*found.py'), ('found.py', 'say which recipe: .*own.py:A or .*own.py:B'), ('found.py:C', 'unknown recipe'), ('none.py:A', 'expected an existing Python file'), ('empty.py', 'it defines none'),
+    for name, says in (('found.py:D', 'unknown recipe in .*found.py'), ('found.py', 'say which recipe: .*found.py:A or .*found.py:B'), ('found.py:C', 'unknown recipe'), ('none.py:A', 'expected an existing Python file'), ('empty.py', 'it defines none'),
                        ('none.json', 'No such file'), ('odd.json', 'odd.json: .*did you mean name'), ('no.json', 'is not JSON'), ('list.json', 'found list')):
         with pytest.raises(UserError, match=says): recipe(f'{tmp_path}/{name}')
     with pytest.raises(UserError, match='did you mean toy.*file.json, or path.py:NAME'): recipe('tooy')
