@@ -1,5 +1,6 @@
 "Remote shards against servers of this machine: ranges or none, a network that fails, S3, a cache that is small or full."
 import errno, http.server, importlib.util, os, random, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
@@ -185,6 +186,12 @@ assert len(s.read({web.url + '/a.tar'!r}, 5, 100)) == 100 and 'obstore' not in s
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
 
 
+def test_threads_read_beside_each_other(web, store):
+    data, name = web.files.setdefault('/a.tar', noise(8 * CHUNK)), web.url + '/a.tar'
+    with ThreadPoolExecutor(8) as pool: got = [*pool.map(lambda k: [store.read(name, k * CHUNK + j, 99) for j in range(20)], range(8))]
+    assert got == [[data[k * CHUNK + j:k * CHUNK + j + 99] for j in range(20)] for k in range(8)] and len(web.gets) == 8
+
+
 def fetcher_of(store):
     "The process that listens on the store's socket."
     for p in Path('/proc').glob('[0-9]*/cmdline'):
@@ -205,9 +212,10 @@ def test_a_fetcher_that_is_killed_is_started_again_and_ends_with_its_run(web, st
     place = store.place
     store.close()
     for _ in range(100):
-        if not os.path.exists(place): break
+        if not os.path.exists(os.path.join(place, 'fetcher')): break
         time.sleep(0.1)
-    assert fetcher_of(store) is None and not os.path.exists(place)
+    time.sleep(0.2)
+    assert fetcher_of(store) is None and not os.path.exists(os.path.join(place, 'fetcher'))
 
 
 def test_the_cache_is_bounded_and_the_next_run_finds_it(web, tmp_path):
@@ -222,7 +230,8 @@ def test_the_cache_is_bounded_and_the_next_run_finds_it(web, tmp_path):
     s.close(); time.sleep(1.5)
     n = len(web.gets)
     s = RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.5)
-    other = RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.5)
+    assert RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.5).place == s.place, 'two stores of one kind share a fetcher'
+    other = RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.6)
     assert s.read(name, 8 * CHUNK, 5) == data[8 * CHUNK:8 * CHUNK + 5] and len(web.gets) == n
     assert other.read(name, 8 * CHUNK, 5) == data[8 * CHUNK:8 * CHUNK + 5] and len(web.gets) == n + 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ['slot_0', 'slot_1']

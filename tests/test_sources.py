@@ -214,6 +214,11 @@ def test_sets_with_and_without_labels_are_joined(tmp_path):
         write_shards(((f'{i:03d}', jpeg(picture(i)), f'{name[4:]:3}{i}', meta(i)) for i in range(8)), tmp_path / name, per_shard=4)
     b = Batches(open_pairs(f"{tmp_path / 'with'}::{tmp_path / 'without'}"), tokens, Transform(16), 16, context_length=4)
     assert b[0]['valid'].all() and not b.skipped.counts
+    (tmp_path / 'pictures').mkdir()
+    for i in range(4): (tmp_path / 'pictures' / f'{i}.jpg').write_bytes(jpeg(picture(i))); (tmp_path / 'pictures' / f'{i}.txt').write_text(f'own{i}')
+    s = open_pairs(f"{tmp_path / 'with'}::{tmp_path / 'pictures'}")
+    b = Batches(s, tokens, Transform(16), 12, context_length=4)
+    assert len(s) == 12 and s.fields == ('image', 'text') and sorted(bytes(t.tolist()).decode()[:3] for t in b[0]['text']) == ['   '] * 8 + ['own'] * 4
 
 
 # -- the Hub ------------------------------------------------------------------------------------------------------------------
