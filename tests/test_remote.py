@@ -1,5 +1,5 @@
 "Remote shards against servers of this machine: ranges or none, a network that fails, S3, a cache that is small or full."
-import errno, http.server, importlib.util, os, random, signal, subprocess, sys, threading, time
+import errno, http.server, importlib.util, json, os, random, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
@@ -319,3 +319,46 @@ def test_a_bucket_is_listed_and_read(bucket, tmp_path):
     with pytest.raises(UserError, match="s3://none/toy cannot be listed .*AWS_SKIP_SIGNATURE"): expand_remote('s3://none/toy', s)
     with pytest.raises(FileNotFoundError): s.size('s3://pairs/toy/000009.tar')
     s.close()
+
+
+# -- end to end ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    "Forty small shards of toy pairs."
+    from clipa_nb.engine.shards import write_shards
+    from clipa_nb.recipes import ToyData
+    out = tmp_path_factory.mktemp('pairs') / 'set'
+    write_shards(ToyData(n=240).samples(), out, per_shard=6)
+    return out
+
+
+def train(where, out, *flags):
+    command = [sys.executable, '-m', 'clipa_nb.cli', 'train', 'toy', '--smoke', '--device', 'cpu', '--precision', 'fp32', '--max-steps', '3']
+    return subprocess.run([*command, '--train-data', str(where), '--out', str(out), *flags], capture_output=True, text=True, timeout=300)
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    return [(r['step'], r['train/loss']) for r in rows if 'train/loss' in r]
+
+
+def test_a_run_over_a_network_that_fails_is_the_run_from_a_disk(web, pairs, tmp_path):
+    for p in pairs.glob('*.tar'): web.files[f'/{p.name}'] = p.read_bytes()
+    web.rate = 0.3
+    done = train(web.url + '/{000000..000039}.tar', tmp_path / 'far', '--workers', '2', '--cache-dir', str(tmp_path / 'cache'), '--cache-gb', '0.1')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'requests failed and were repeated' in done.stderr, done.stderr[-3000:]
+    near = train(pairs, tmp_path / 'near', '--workers', '0')
+    assert near.returncode == 0, near.stderr[-3000:]
+    assert losses(tmp_path / 'far') == losses(tmp_path / 'near') and losses(tmp_path / 'far')
+    assert list((tmp_path / 'cache').glob('slot_0/*/*'))
+
+
+@pytest.mark.parametrize('where, says', [
+    ('/{000000..000040}.tar', '/000040.tar'), ('/', 'a web server cannot be asked which shards it has'), ('/{000000..000003}.csv', 'a web server cannot be asked')])
+def test_what_cannot_be_had_is_one_line(web, pairs, tmp_path, where, says):
+    for p in pairs.glob('*.tar'): web.files[f'/{p.name}'] = p.read_bytes()
+    done = train(web.url + where, tmp_path / 'run', '--cache-dir', str(tmp_path / 'cache'))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith('clipa: ') and says in last and not (tmp_path / 'run').exists(), done.stderr[-2000:]
