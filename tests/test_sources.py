@@ -295,15 +295,35 @@ def test_a_set_that_cannot_be_had(monkeypatch):
 
 # -- made, and damaged --------------------------------------------------------------------------------------------------------
 
-def blot(size, i): return {'image': jpeg(picture(i, size, size)), 'text': f'no {i}', 'json': {'label': i}, 'key': str(i)}
+def blots(size, ids): return [{'image': jpeg(picture(i, size, size)), 'text': f'no {i}', 'json': {'label': i}, 'key': str(i)} for i in ids]
 
 
-def test_samples_that_are_made(tmp_path):
-    s = Made(functools.partial(blot, 24), 10, 'blots')
-    b = Batches(s, tokens, Transform(16), 10, context_length=4, fields=('image', 'text', 'label'))
-    for x, y in zip(loader(b, 0, 2), loader(b, 0, 2, workers=2)): assert all(torch.equal(x[k], y[k]) for k in x)
-    assert (s.where(3), sorted(b[0]['label'].tolist())) == (('blots', '3'), list(range(10)))
+@pytest.mark.parametrize('sequential', [False, True])
+def test_samples_that_are_made(sequential):
+    made = []
+    def make(ids):
+        made.append(len(ids))
+        return blots(24, ids)
+    s = Made(make, 10, 'blots', most=4, sequential=sequential)
+    assert [s.read(i)['text'] for i in (0, 1, 2, 3, 4, 9, 8)] == [f'no {i}' for i in (0, 1, 2, 3, 4, 9, 8)] and made == [1, 2, 4, 1, 1]
+    s = Made(functools.partial(blots, 24), 10, 'blots', most=4, sequential=sequential)
+    b = Batches(s, tokens, Transform(16), 5, context_length=4, fields=('image', 'text', 'label'))
+    for x, y in zip(loader(b, 0, 4), loader(b, 0, 4, workers=2)): assert all(torch.equal(x[k], y[k]) for k in x)
+    labels = [x['label'].tolist() for x in loader(b, 0, 4)]
+    assert sorted(labels[0] + labels[1]) == list(range(10)) == sorted(labels[2] + labels[3])
+    if sequential: assert labels == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] * 2
+    assert s.where(3) == ('blots', '3')
     with pytest.raises(IndexError): s.read(10)
+
+
+def test_the_toy_world_live_is_the_toy_world_in_shards(tmp_path):
+    from clipa_nb.recipes import ToyData
+    data = ToyData(n=70)
+    live, shards = data.replace(live=True).open(seed=3), data.open('', tmp_path, seed=3)
+    for i in (0, 1, 2, 69, 5): assert live.read(i) == shards.read(i)
+    assert len(live) == 70 and live.fields == shards.fields and live.sequential and not list(tmp_path.glob('live*'))
+    b = Batches(live, tokens, Transform(16), 35, context_length=4)
+    assert b[0]['valid'].all() and all(torch.equal(x['image'], y['image']) for x, y in zip(loader(b, 0, 2), loader(b, 0, 2, workers=2)))
 
 
 @pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may read everything')
