@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError, draws_of, keyed_uniform
-from clipa_nb.data import FIELDS, Batches, Filter, PairData, Skips, Subset, _Steps, _same, _start_worker, _stream, apply_filters, captions_of, check_needs, check_pairs, filtered, loader, looks_at, one_caption, open_pairs
+from clipa_nb.data import FIELDS, Batches, Damaged, Filter, PairData, Skips, Subset, _Steps, _same, _start_worker, _stream, apply_filters, captions_of, check_needs, check_pairs, filtered, loader, looks_at, one_caption, open_pairs
 from clipa_nb.engine.sources import Columns, Source, Table, cause
 from clipa_nb.engine.pictures import Transform, decode, jpeg
 from clipa_nb.engine.index import Shards
@@ -169,7 +169,7 @@ def test_counts_come_home_from_workers(toy, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_too_much_damage_ends_with_one_line(toy, tmp_path, workers):
     bad = damage(toy, tmp_path / 'bad', 3)
-    with pytest.raises(UserError, match=r'samples cannot be read, most of them in 00000\d.tar \(not an image') as e:
+    with pytest.raises(Damaged, match=r'samples cannot be read, most of them in 00000\d.tar \(not an image') as e:
         list(loader(batches(bad, transform=Transform(16)), 0, 500, workers=workers))
     assert '\n' not in str(e.value)
 
@@ -177,7 +177,7 @@ def test_too_much_damage_ends_with_one_line(toy, tmp_path, workers):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_nothing_readable_ends_at_once(toy, tmp_path, workers):
     bad = damage(toy, tmp_path / 'bad', 1)
-    with pytest.raises(UserError, match='64 samples in a row cannot be read, the last one in .*not an image') as e:
+    with pytest.raises(Damaged, match='64 samples in a row cannot be read, the last one in .*not an image') as e:
         list(loader(batches(bad, transform=Transform(16)), 0, 500, workers=workers))
     assert '\n' not in str(e.value)
 
@@ -216,7 +216,8 @@ class Sleepy(Source):
 def test_worker_that_hangs_is_noticed(monkeypatch):
     monkeypatch.setenv('CLIPA_TEST_AWAKE', '1'); b = Batches(Sleepy(), tokens, Transform(16), 2, context_length=4)
     monkeypatch.delenv('CLIPA_TEST_AWAKE')
-    with pytest.raises(RuntimeError, match='timed out'): list(loader(b, 0, 2, workers=1, timeout=1))
+    with pytest.warns(UserWarning, match='gave no batch for 1 seconds at batch 0; it was reading Sleepy .sample .+; the workers are restarted'):
+        with pytest.raises(Damaged, match='it was reading Sleepy .sample .+; it was restarted before, in vain'): list(loader(b, 0, 2, workers=1, timeout=1))
 
 
 # ---- other sources ----
@@ -236,7 +237,7 @@ def test_the_limit_is_a_share_of_a_batch_larger_than_the_window():
     one = [('a.tar', 'not an image')]
     Skips().add(one * 101, 8192); Skips().add(one * 163, 8192)
     for bad, rows in ((101, 128), (1000, 8192)):
-        with pytest.raises(UserError, match=f'{bad} of the last {rows} samples cannot be read'): Skips().add(one * bad, rows)
+        with pytest.raises(Damaged, match=f'{bad} of the last {rows} samples cannot be read'): Skips().add(one * bad, rows)
     nine = Skips()
     for _ in range(20): nine.add(one * 90, 900)
     assert sum(nine.counts.values()) == 1800
