@@ -40,7 +40,7 @@ def memory():
 CHILD = '''
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import bench_order as b
+import order as b
 from clipa_nb.data import Batches
 before = b.memory()
 start, cpu = time.perf_counter(), time.process_time()
@@ -75,15 +75,13 @@ def start(folder):
     write_index(folder / '.clipa-index', entries, BLOCK)
     made, size = time.perf_counter() - begun, (folder / '.clipa-index').stat().st_size
     del entries
-    with tempfile.TemporaryDirectory() as lib:
-        (Path(lib) / 'bench_order.py').write_text(Path(__file__).read_text().replace('parents[2]', f'parents[0] / {str(ROOT)!r}'))
-        for ranks in (1, 8):
-            ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', CHILD, lib, str(folder), str(r)], stdout=subprocess.PIPE, text=True) for r in range(ranks)]
-            rows = [json.loads(p.communicate()[0]) for p in ps]
-            yield dict(kind='start', shards=SHARDS, samples=rows[0]['samples'], blocks=rows[0]['blocks'], processes=ranks, cores=os.cpu_count(), index_mb=round(size / 1e6, 1),
-                       seconds=round(max(r['wall'] for r in rows), 2), seconds_open=round(max(r['opened'] for r in rows), 2), cpu_seconds=round(statistics.median(r['cpu'] for r in rows), 2),
-                       node_mb=round(sum(r['grown']['share'] for r in rows)), own_mb=round(statistics.median(r['grown']['own'] for r in rows)), anonymous_mb=round(statistics.median(r['grown']['anonymous'] for r in rows)),
-                       lanes=rows[0]['deal']['lanes'], window=rows[0]['deal']['window'], fill_gb_rank=round(rows[0]['fill_gb'], 2), made_seconds=round(made, 1))
+    for ranks in (1, 8):
+        ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', CHILD, str(Path(__file__).parent), str(folder), str(r)], stdout=subprocess.PIPE, text=True) for r in range(ranks)]
+        rows = [json.loads(p.communicate()[0]) for p in ps]
+        yield dict(kind='start', shards=SHARDS, samples=rows[0]['samples'], blocks=rows[0]['blocks'], processes=ranks, cores=os.cpu_count(), index_mb=round(size / 1e6, 1),
+                   seconds=round(max(r['wall'] for r in rows), 2), seconds_open=round(max(r['opened'] for r in rows), 2), cpu_seconds=round(statistics.median(r['cpu'] for r in rows), 2),
+                   node_mb=round(sum(r['grown']['share'] for r in rows)), own_mb=round(statistics.median(r['grown']['own'] for r in rows)), anonymous_mb=round(statistics.median(r['grown']['anonymous'] for r in rows)),
+                   lanes=rows[0]['deal']['lanes'], window=rows[0]['deal']['window'], fill_gb_rank=round(rows[0]['fill_gb'], 2), made_seconds=round(made, 1))
 
 
 def nanoseconds(f, n, repeat=5):
