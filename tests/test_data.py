@@ -317,7 +317,7 @@ def test_the_worst_place_is_named():
     skips = Skips()
     for k in range(50): skips.add([('a.tar', 'not an image')] if k % 5 == 0 else [], 20)
     assert skips.counts == {('a.tar', 'not an image'): 10}
-    with pytest.raises(UserError, match=r'most of them in b.tar \(file is missing, 101 times\)'): skips.add([('b.tar', 'file is missing')] * 101, 128)
+    with pytest.raises(Damaged, match=r'most of them in b.tar \(file is missing, 101 times\)'): skips.add([('b.tar', 'file is missing')] * 101, 128)
 
 
 def test_a_users_error_leaves_a_worker_as_a_value():
