@@ -11,7 +11,8 @@ index: microseconds of one core for a sample of a walk.
 cold: reading with the page cache dropped for the files, in turns: the files from front to back, the order with and without reading ahead, samples at random.
 memory: resident memory over ten epochs.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile, time
+import argparse, json, multiprocessing, os, platform, statistics, subprocess, sys, tempfile, time
+from functools import partial
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 import numpy as np
@@ -130,28 +131,36 @@ def cold(folder, shards=10, each=1500, size=SAMPLE):
         for p in paths:
             with open(p, 'rb', buffering=0) as f:
                 while f.read(1 << 22): pass
-    def ordered(deal, ahead):
+    def ordered(deal, ahead, processes=1):
+        "Read an epoch; several processes take turns with the steps, as workers do."
         source = Shards(folder / 'cold')
         b = Batches(source, None, Transform(84), B, seed=0, fields=(), deal=deal)
-        def run():
-            for step in range(n // B):
+        def part(first):
+            for step in range(first, n // B, processes):
                 if ahead: b.prepare(step)
                 for i in b.sequence[b.positions(step)].tolist(): source.read(i)
-        return run
-    blocks = dict(lanes=lanes, block=BLOCK, window=2)
-    turns = {'front to back': front_to_back, 'order, read ahead': ordered(blocks, True), 'order, not ahead': ordered(blocks, False), 'sample by sample': ordered(dict(lanes=lanes, block=1, window=0), False)}
+        if processes == 1: return part(0)
+        workers = [multiprocessing.get_context('fork').Process(target=part, args=(k,)) for k in range(processes)]
+        for w in workers: w.start()
+        for w in workers: w.join()
+    blocks, single = dict(lanes=lanes, block=BLOCK, window=2), dict(lanes=lanes, block=1, window=0)
+    turns = {'front to back': front_to_back, 'order, read ahead': partial(ordered, blocks, True), 'order, not ahead': partial(ordered, blocks, False),
+             'sample by sample': partial(ordered, single, False), 'order, read ahead, 2 workers': partial(ordered, blocks, True, 2),
+             'sample by sample, 2 workers': partial(ordered, single, False, 2)}
     spent = {name: [] for name in turns}
-    for _ in range(3):
+    for _ in range(5):
         for name, run in turns.items():
-            if hasattr(run, '__closure__') and name != 'front to back': run = ordered(*((blocks, name == 'order, read ahead') if 'order' in name else (dict(lanes=lanes, block=1, window=0), False)))
             dropped(paths)
             at = time.perf_counter()
             run()
             spent[name].append(time.perf_counter() - at)
+    at = time.process_time()
+    ordered(blocks, False)
+    cpu = (time.process_time() - at) / n * 1e6 # with the pages at hand
     best = statistics.median(spent['front to back'])
     for name, times in spent.items():
         wall = statistics.median(times)
-        yield dict(kind='cold', how=name, gb=round(total / 1e9, 2), samples=n, mb_a_second=round(total / wall / 1e6), samples_a_second=round(n / wall), share_of_front_to_back=round(best / wall, 2), seconds=[round(t, 2) for t in times])
+        yield dict(kind='cold', how=name, gb=round(total / 1e9, 2), samples=n, mb_a_second=round(total / wall / 1e6), samples_a_second=round(n / wall), share_of_front_to_back=round(best / wall, 2), us_cpu_a_sample_warm=round(cpu, 1), seconds=[round(t, 2) for t in times])
 
 
 def indexing(folder):
