@@ -3,7 +3,7 @@
 
     python tests/bench/order.py                       everything: about ten minutes, 2 GB of disk
     python tests/bench/order.py --only start order    some kinds of row
-    python tests/bench/order.py --folder /mnt/disk    where the files are made
+    python tests/bench/order.py --folder DIR        where the files are made
 
 start: a set of 41,456 shards with 31,000 samples each, as sparse files, with a made-up index; eight processes open it at once, as the ranks of a machine do.
 order: nanoseconds of one core for a position; the sort that came before, at ten million samples.
