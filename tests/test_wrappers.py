@@ -1,11 +1,11 @@
 "Replicas, shards and both: one process and several take the same steps, skip the same steps, and evaluate the same model."
-import contextlib, math, warnings
+import math, os, subprocess, sys, warnings
 import pytest, torch
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 from clipa_nb.clip import ModelConfig
 from clipa_nb.core import LOCAL, UserError, draws_of
 from clipa_nb.cost import Tower
-from clipa_nb.distributed_trainer import Ranks, layers_of, same_gradients, spawn
+from clipa_nb.distributed_trainer import LAUNCH, Ranks, layers_of, same_gradients, slurm_launch, spawn
 from clipa_nb.infonce import Contrastive, row_mean
 from clipa_nb.optimization import AdamW, Cosine
 from clipa_nb.trainer import Diverged, Guard, Task, TrainConfig, assemble, fit, forward_backward, train_step
@@ -195,3 +195,30 @@ def test_wrappers_that_cannot_be():
     with pytest.raises(UserError, match="unknown wrapper 'fsdp3': did you mean fsdp2"): comm.wrap(task, 'fsdp3')
     with pytest.raises(UserError, match="'hsdp': 4 ranks with 3 on a machine"): comm.wrap(task, 'hsdp')
     assert LOCAL.wrap(task, 'fsdp2') is task and LOCAL.whole(task) is task and comm.whole(task) is task
+
+# --- SLURM
+
+SRUN = dict(SLURM_STEP_NUM_TASKS='12', SLURM_NTASKS='12', SLURM_PROCID='9', SLURM_LOCALID='1', SLURM_NODEID='2', SLURM_JOB_ID='7001', SLURM_STEP_ID='2',
+            SLURM_STEP_NODELIST='node[07-09,12],gpu1', SLURM_STEP_TASKS_PER_NODE='4(x2),2(x2)')
+
+def test_srun_says_who_a_task_is():
+    assert slurm_launch(SRUN) == dict(RANK='9', WORLD_SIZE='12', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2', MASTER_ADDR='node07', MASTER_PORT=str(20_000 + (7001 * 101 + 2) % 20_000))
+    assert slurm_launch({**SRUN, 'MASTER_ADDR': 'head', 'MASTER_PORT': '1'})['MASTER_ADDR'] == 'head'
+    first = {k: slurm_launch({**SRUN, 'SLURM_STEP_NODELIST': k})['MASTER_ADDR'] for k in ('a1', 'a1,b2', 'a[3,5]-ib,b2', 'gpu-[001-004]', 'x,y[1-2]')}
+    assert list(first.values()) == ['a1', 'a1', 'a3-ib', 'gpu-001', 'x']
+    assert slurm_launch({}) == slurm_launch({**SRUN, 'SLURM_STEP_NUM_TASKS': '1'}) == slurm_launch(dict(SLURM_NTASKS='1', SLURM_PROCID='0')) == slurm_launch(dict(SLURM_NTASKS='8')) == {}
+
+@pytest.mark.parametrize('change, says', [
+    (dict(SLURM_STEP_NUM_TASKS=''), 'SLURM gave this job 12 tasks, but srun did not start this process: begin the line with srun or torchrun'),
+    (dict(SLURM_PROCID=None), 'srun started 12 tasks, but SLURM_PROCID is not set'), (dict(SLURM_STEP_NODELIST=''), 'SLURM_JOB_NODELIST is not set')])
+def test_a_task_that_cannot_tell_is_refused(change, says):
+    env = {k: v for k, v in {**SRUN, **change}.items() if v is not None}
+    with pytest.raises(UserError, match=says): slurm_launch(env)
+
+def test_two_tasks_of_srun_meet(tmp_path):
+    "Neither thinks that it is alone."
+    program = 'import torch; from clipa_nb.distributed_trainer import connect, disconnect, rank_device; comm = connect("cpu", timeout=60); print(comm, comm.per_node, int(comm.all_sum(torch.tensor(comm.rank + 1))), rank_device("cpu")); disconnect()'
+    base = {k: v for k, v in os.environ.items() if k not in LAUNCH and not k.startswith('SLURM')}
+    base.update(SLURM_STEP_NUM_TASKS='2', SLURM_NTASKS='2', SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST='localhost', SLURM_STEP_TASKS_PER_NODE='2', PYTHONPATH=os.pathsep.join([os.getcwd(), base.get('PYTHONPATH', '')]))
+    tasks = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], env={**base, 'SLURM_PROCID': str(r), 'SLURM_LOCALID': str(r)}, stdout=subprocess.PIPE, text=True) for r in range(2)]
+    assert [t.communicate(timeout=120)[0].strip() for t in tasks] == ['Ranks(0 of 2) 2 3 cpu', 'Ranks(1 of 2) 2 3 cpu']
