@@ -62,9 +62,9 @@ def test_wandb_offline_is_handed_the_rows(tmp_path, monkeypatch):
         log = Log(tmp_path / 'metrics.jsonl', resume_at=step - 10, also=writers('wandb', tmp_path, {'seed': 1}))
         log(step=step, stage='one', **{'train/loss': 1 / step})
         import wandb
-        assert wandb.run.summary['train/loss'] == pytest.approx(1 / step)
         ids.append(wandb.run.id); wandb.finish()
-    assert ids[0] == ids[1] and [*(tmp_path / 'wandb').glob('offline-run-*/*.wandb')]
+    files = [*(tmp_path / 'wandb').glob('offline-run-*/*.wandb')]
+    assert ids[0] == ids[1] and files and all(b'train/loss' in f.read_bytes() for f in files)
 
 def test_unknown_writers_are_refused(tmp_path):
     with pytest.raises(UserError, match='unknown writer .*did you mean tensorboard'): writers('tensorbord', tmp_path, {})
