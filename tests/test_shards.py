@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError
-from clipa_nb.data import Shards
+from clipa_nb.engine.index import Shards
 from clipa_nb.engine.pictures import jpeg
 from clipa_nb.engine.shards import (add_sample, expand, index_shard, long_name, members, parse_header, parse_meta, whole_samples, write_shard,
                                     write_shards)
