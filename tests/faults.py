@@ -23,7 +23,7 @@ def trace(out): return [(r['step'], r['train/loss'], r['train/grad_norm']) for r
 
 def status(out): return json.loads((Path(out) / 'status.json').read_text())
 
-def steps(out): return sorted(int(p.name[5:]) for p in (Path(out) / 'checkpoints').glob('step_*'))
+def steps(out): return sorted(int(p.name[5:]) for p in (Path(out) / 'checkpoints').glob('step_*') if (p / 'manifest.json').exists())
 
 def say(*words, sep=' '): print(*words, sep=sep, flush=True)
 
@@ -69,24 +69,22 @@ def tar_of(folder): return next((Path(folder) / 'checkpoints').glob('step_*'))
 
 def kill_9_ten_times(tmp, kills):
     "kill −9 at random moments, the same command each time: the trace is the one of a run that nobody disturbed, bit for bit."
-    told(start(CLIPA, *SHORT, '--out', tmp / 'clean'), code=0, quiet=True)
-    rng, done, seen = random.Random(1), 0, []
-    while done < kills:
-        out = tmp / f'killed{done // 5}' # five kills a run: it may finish before the tenth
-        job = start(CLIPA, *SHORT, '--out', out)
-        until(lambda: (out / 'metrics.jsonl').exists(), job)
-        time.sleep(rng.uniform(0, 2.5))
-        if job.poll() is None: os.kill(job.pid, signal.SIGKILL)
-        job.communicate(); done += 1
-        seen.append(f'{steps(out)[-1] if (out / "checkpoints").exists() and steps(out) else 0}')
-        if (out / 'report.json').exists(): (out / 'report.json').unlink()
-    say(f'  killed {done} times; newest checkpoint each time: {", ".join(seen)}')
-    for out in sorted(tmp.glob('killed*')):
-        told(start(CLIPA, *SHORT, '--out', out), code=0, quiet=True)
-        assert trace(out) == trace(tmp / 'clean'), out
-        a, b = (json.loads((p / 'report.json').read_text())['metrics'] for p in (out, tmp / 'clean'))
-        assert a == b
-        say(f'  {out.name}: {len(trace(out))} steps, all losses and gradient norms bit-identical, scores equal')
+    long = [*SHORT, '--set', 'stages.*.samples=1920'] # 60 steps a stage
+    told(start(CLIPA, *long, '--out', tmp / 'clean'), code=0, quiet=True)
+    rng, seen, out = random.Random(1), [], tmp / 'killed'
+    for _ in range(kills):
+        job, before = start(CLIPA, *long, '--out', out), max(steps(out), default=0)
+        until(lambda: max(steps(out), default=0) > before, job) # it has gone on, and written a checkpoint
+        time.sleep(rng.uniform(0, 2))
+        assert job.poll() is None, 'finished before it could be killed'
+        os.kill(job.pid, signal.SIGKILL); job.communicate()
+        seen.append((max(steps(out)), len([*(out / 'checkpoints').glob('.tmp_*')])))
+    say(f'  killed {kills} times; newest checkpoint each time: {", ".join(str(n) for n, _ in seen)}; half-written ones left behind: {sum(n for _, n in seen)}')
+    told(start(CLIPA, *long, '--out', out), code=0, quiet=True)
+    assert trace(out) == trace(tmp / 'clean') and len(trace(out)) > 20
+    a, b = (json.loads((p / 'report.json').read_text())['metrics'] for p in (out, tmp / 'clean'))
+    assert a == b
+    say(f'  {len(trace(out))} rows of 120 steps, all losses and gradient norms bit-identical, scores equal')
 
 def signals_of_one_process(tmp, kills):
     "SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint, 75 or 130, the reason in status.json; the same command goes on."
