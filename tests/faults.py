@@ -205,19 +205,20 @@ def the_disk_is_full(tmp, kills):
     finally: subprocess.run(['umount', '-l', str(small)])
 
 def a_read_only_directory(tmp, kills):
-    "Refused before anything is computed, or one line where it became so later."
-    if os.geteuid() == 0:
-        small = tmp / 'ro'; small.mkdir()
-        if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=50m', 'tmpfs', str(small)], capture_output=True).returncode: return say('  not run: cannot mount')
-        try:
-            out = small / 'x'
-            job = start(CLIPA, *ENDLESS, '--checkpoint-steps', '5', '--out', out)
-            until(lambda: len(trace(out)) > 1 and steps(out), job)
-            subprocess.run(['mount', '-o', 'remount,ro', str(small)], check=False)
-            err = told(job, 100)
-            say('  (the file system was made read-only while it ran; a file that is open for writing forbids that)' if job.returncode not in (1, 2) else '')
-            assert 'Traceback' not in err and job.returncode in (1, 2), err[-2000:]
-        finally: subprocess.run(['umount', '-l', str(small)])
+    "The folder of checkpoints becomes read-only while it runs: one line, code 1, the last one stands. From the start: refused."
+    out = tmp / 'x'
+    job = start(CLIPA, *ENDLESS, '--checkpoint-steps', '5', '--out', out)
+    until(lambda: steps(out), job)
+    folder = str(out / 'checkpoints')
+    done = [subprocess.run(['mount', *how, folder], capture_output=True) for how in (['--bind', folder], ['-o', 'remount,ro,bind'])]
+    if any(d.returncode for d in done):
+        os.killpg(job.pid, signal.SIGKILL); return say('  not run: nothing can be mounted here')
+    try:
+        err = told(job, 100, 1)
+        assert 'Read-only file system' in err and 'stands' in err and 'Traceback' not in err, err[-2000:]
+        err = told(start(CLIPA, *SMOKE, '--out', f'{folder}/y'), 100, 2)
+        assert err.count('clipa: ') == 1
+    finally: subprocess.run(['umount', '-l', folder])
 
 def it_diverges(tmp, kills):
     "Gradients without a number on one rank: skipped, rolled back once, stopped with the story; goes on with --set."
