@@ -11,7 +11,7 @@ from clipa_nb.cost import Tower
 from clipa_nb.distributed_trainer import same_gradients, spawn
 from clipa_nb.infonce import Contrastive, Sigmoid
 from clipa_nb.optimization import AdamW
-from clipa_nb.trainer import Task, TrainConfig, _zero_gradient, check_batch, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, set_rng_state, split, train_step
+from clipa_nb.trainer import Task, TrainConfig, zero_gradient, check_batch, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, set_rng_state, split, train_step
 
 CHUNKS = [1, 2, 4, 7] # 14 samples: even, ragged, two at a time
 N = 14
@@ -159,8 +159,8 @@ def test_rows_that_stop_a_run():
 def test_the_last_backward_pass_reaches_what_only_the_loss_used():
     p = nn.Parameter(torch.tensor([1., math.inf])); p.grad = torch.tensor([5., 6.]); reached = []
     p.register_hook(reached.append)
-    torch.autograd.backward(_zero_gradient([p]))
-    assert p.grad.tolist() == [5., 6.] and len(reached) == 1 and reached[0].tolist() == [0., 0.] and _zero_gradient([]) == []
+    torch.autograd.backward(zero_gradient([p]))
+    assert p.grad.tolist() == [5., 6.] and len(reached) == 1 and reached[0].tolist() == [0., 0.] and zero_gradient([]) == []
 
 def test_clamp_leaves_alone_what_is_not_its_own():
     model = clip(); model.logit_scale.data.fill_(6.); model.logit_scale.requires_grad_(False)

@@ -5,7 +5,8 @@ import torch.distributed as dist
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
-from clipa_nb.distributed_trainer import LAUNCH, Ranks, _join, _launched, connect, disconnect, is_main, peer_status, rank_device, same_gradients, say, spawn, watch
+from clipa_nb.distributed_trainer import LAUNCH, Ranks, _join, connect, disconnect, is_main, peer_status, rank_device, same_gradients, say, spawn, watch
+from clipa_nb.engine.meeting import launched as launched_by
 from clipa_nb.engine.launch import RankError, _ByValue, _child, _collect, _open, fork_works
 from clipa_nb.engine.launch import spawn as launch_spawn
 from clipa_nb.infonce import Contrastive
@@ -425,8 +426,8 @@ def test_environments_that_cannot_be(monkeypatch, env, message):
 
 def test_launched_or_not():
     whole = dict(zip(LAUNCH, ('1', '2', '1', 'localhost', '29500')))
-    assert (_launched({}), _launched({'MASTER_PORT': '1'}), _launched(whole)) == (False, False, True)
-    with pytest.raises(UserError, match='WORLD_SIZE=two: expected numbers'): _launched({**whole, 'WORLD_SIZE': 'two'})
+    assert (launched_by({}), launched_by({'MASTER_PORT': '1'}), launched_by(whole)) == (False, False, True)
+    with pytest.raises(UserError, match='WORLD_SIZE=two: expected numbers'): launched_by({**whole, 'WORLD_SIZE': 'two'})
 
 def test_torchrun(tmp_path):
     (tmp_path / 'job.py').write_text(textwrap.dedent('''
