@@ -575,7 +575,7 @@ def test_every_stage_begins_with_the_same_weights(patient):
     assert run.task(0).model.logit_scale.item() == run.task(1).model.logit_scale.item()
     assert run.batches(0)[0]['image'].shape[2:] == (32, 32) and run.batches(0)[0]['text'].shape[1] == 9
     from clipa_nb.app.run import begin_stage
-    task, optimizer, ema, start = begin_stage(run, 1, weights=run.task(0).state_dict())
+    task, _, optimizer, ema, start = begin_stage(run, 1, weights=run.task(0).state_dict())
     assert start == 0 and len(task.model.text.positions) == 17 # resized from 9
 
 def test_a_stopwatch_stands_still():

@@ -116,9 +116,10 @@ def json_offset(out, step):
     return [r['train/offset'] for r in rows(out) if r['step'] == step + 1][0]
 
 def test_what_a_checkpoint_holds(papers_run):
-    from safetensors.torch import load_file
+    from clipa_nb.engine.checkpoints import Saved, verify
     last = sorted((papers_run / 'checkpoints').iterdir())[-1]
-    tensors = load_file(last / 'tensors.safetensors')
+    found = Saved(last); tensors = found.tensors()
+    assert verify(last) == '' and (found.state['stage'], found.state['samples'], found.state['seed']) == (1, 48, 0)
     assert 'objective.offset' in tensors and 'optimizer.momentum_buffer.objective.offset' in tensors
     assert json.loads((papers_run / 'model' / 'config.json').read_text())['kind'] == 'user.own:WiderConfig'
 
@@ -158,11 +159,11 @@ def test_a_stage_with_its_own_data(clipa, tmp_path):
 
 def test_the_average_is_what_is_saved(clipa, tmp_path):
     import torch
-    from safetensors.torch import load_file
+    from clipa_nb.engine.checkpoints import Saved
     from clipa_nb.pretrained import create_model
     out = tmp_path / 'x'
     clipa(*SMOKE, '--max-steps', '3', '--ema', '0.5', '--out', out)
-    tensors = load_file(sorted((out / 'checkpoints').iterdir())[-1] / 'tensors.safetensors')
+    tensors = Saved(sorted((out / 'checkpoints').iterdir())[-1]).tensors()
     saved = create_model(f'local-dir:{out / "model"}').state_dict()
     assert all(torch.equal(v, tensors[f'ema.module.{k}']) for k, v in saved.items())
     assert not torch.equal(saved['logit_scale'], tensors['model.logit_scale'])
@@ -352,7 +353,7 @@ def test_damaged_checkpoints_are_no_beginning(clipa, tmp_path):
     out = tmp_path / 'x'; run = [*SMOKE, '--max-steps', '2', '--out', out]
     clipa(*run); (out / 'report.json').unlink()
     log, there = (out / 'metrics.jsonl').read_text(), sorted((out / 'checkpoints').iterdir())
-    for p in there: (p / 'tensors.safetensors').write_bytes(b'damaged')
+    for p in there: next(p.glob('*.safetensors')).write_bytes(b'damaged')
     bad(clipa, *run, says=f'all {len(there)} checkpoints are damaged')
     assert (out / 'metrics.jsonl').read_text() == log
 
