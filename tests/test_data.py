@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError, draws_of, keyed_uniform
-from clipa_nb.data import (FIELDS, Batches, ClassFolders, Csv, Endless, Filter, Folder, HubSet, PairData, Shards, Skips, Source, Subset, _Steps, _pairs, _pictures, _same, _start_worker,
-                           _stream, _table, apply_filters, captions_of, cause, check_needs, check_pairs, filtered, loader, looks_at, one_caption, open_pairs, order, positions)
+from clipa_nb.data import FIELDS, Batches, Endless, Filter, PairData, Shards, Skips, Subset, _Steps, _same, _start_worker, _stream, apply_filters, captions_of, check_needs, check_pairs, filtered, loader, looks_at, one_caption, open_pairs, order, positions
+from clipa_nb.engine.sources import ClassFolders, Csv, Folder, HubSet, Source, pairs_in, pictures_in, _table, cause
 from clipa_nb.engine.pictures import Transform, decode, jpeg
 from clipa_nb.engine.shards import members, write_shards
 
@@ -373,8 +373,8 @@ def test_workers_have_one_thread_and_steps_keep_their_order(toy):
 
 def test_folders_tables_and_classes(tmp_path):
     for i in range(3): (tmp_path / f'{i}.jpg').write_bytes(jpeg(picture(i))); (tmp_path / f"{i}.{'TXT' if i else 'txt'}").write_text(f'caption {i}\n')
-    assert [(p.name, t.name, j) for p, t, j in _pairs(tmp_path)] == [('0.jpg', '0.txt', None), ('1.jpg', '1.TXT', None), ('2.jpg', '2.TXT', None)]
-    assert [p.name for p in _pictures(tmp_path)] == ['0.jpg', '1.jpg', '2.jpg'] and Folder(tmp_path).fields == ('image', 'text')
+    assert [(p.name, t.name, j) for p, t, j in pairs_in(tmp_path)] == [('0.jpg', '0.txt', None), ('1.jpg', '1.TXT', None), ('2.jpg', '2.TXT', None)]
+    assert [p.name for p in pictures_in(tmp_path)] == ['0.jpg', '1.jpg', '2.jpg'] and Folder(tmp_path).fields == ('image', 'text')
     with pytest.raises(UserError, match='holds no folder with images'): ClassFolders(tmp_path)
     (tmp_path / 'a.csv').write_text('filepath,title\na.jpg,"a star, red"\n')
     (tmp_path / 'a.tsv').write_text('filepath\ttitle\tlabel\n0.jpg\tx\t0\n1.jpg\ty\t1\n')

@@ -9,7 +9,8 @@ from torch import nn
 from clipa_nb.clip import ModelConfig, build_clip
 from clipa_nb.core import LOCAL, UserError, draws_of, keyed_uniform
 from clipa_nb.cost import Tower
-from clipa_nb.data import Batches, Source
+from clipa_nb.data import Batches
+from clipa_nb.engine.sources import Source
 from clipa_nb.distributed_trainer import same_gradients, spawn
 from clipa_nb.engine.checkpoints import pack, unpack
 from clipa_nb.engine.pictures import Transform

@@ -169,7 +169,7 @@ def test_a_similarity_of_its_own_makes_the_head():
 def test_tiles_of_a_similarity_are_the_whole(monkeypatch):
     model = Tokens()
     z = embed(model, dict(image=X[:70], text=torch.randint(0, 50, (45, 6), generator=G)))
-    monkeypatch.setattr('clipa_nb.zero_shot.tile_side', lambda image, text: 32)
+    monkeypatch.setattr("clipa_nb.engine.asking.tile_side", lambda image, text: 32)
     torch.testing.assert_close(similarities(model.similarity, z['image'], z['text']), model.similarity(z['image'], z['text']))
 
 
