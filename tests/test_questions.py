@@ -59,10 +59,11 @@ def test_eval_prepares_pictures_as_the_model_says(tmp_path, resize_mode, size):
     for k, (mode, suffix) in enumerate(KINDS):
         picture(mode, size).save(tmp_path / f'{k}.{suffix}'); (tmp_path / f'{k}.txt').write_text('x')
     source = open_pairs(str(tmp_path))
-    seen = Pictures(source, val.transform, fields=())[0]['image']
+    seen, raw = (Pictures(source, val.transform, fields=(), opened=how)[0]['image'] for how in ('RGB', 'as it is'))
     mean, std = (torch.tensor(v)[:, None, None] for v in (val.mean, val.std))
     for k, (mode, suffix) in enumerate(KINDS):
-        assert torch.equal((seen[k].float() / 255 - mean) / std, val(Image.open(tmp_path / f'{k}.{suffix}'))), (mode, suffix)
+        assert torch.equal((raw[k].float() / 255 - mean) / std, val(Image.open(tmp_path / f'{k}.{suffix}'))), (mode, suffix)
+        assert torch.equal((seen[k].float() / 255 - mean) / std, val(Image.open(tmp_path / f'{k}.{suffix}').convert('RGB'))), (mode, suffix)
 
 
 # ---- captions ----
