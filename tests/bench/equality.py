@@ -29,11 +29,11 @@ def file_of(image, ending):
     image.save(out, 'jpeg' if ending == 'jpg' else ending)
     return out.getvalue()
 
-def crops(n, seed):
-    "(file, ending) of n crops of two photographs, in turn in every kind of file."
+def crops(n, seed, kinds=KINDS):
+    "(file, ending) of n crops of two photographs, in turn in every kind of file. (Crops of one bit are often all white, and tie.)"
     rng, photos = np.random.default_rng(seed), load_sample_images().images
     for i in range(n):
-        mode, ending = KINDS[i % len(KINDS)]
+        mode, ending = kinds[i % len(kinds)]
         h, w = rng.integers(40, 200, 2)
         photo = photos[i % 2]
         y, x = rng.integers(0, photo.shape[0] - h), rng.integers(0, photo.shape[1] - w)
@@ -70,7 +70,7 @@ def make_sets(root):
         out = io.BytesIO()
         np.save(out, (rng.random(6) < 0.4).astype(np.int64))
         return out.getvalue()
-    layout(root / 'several', [{e: f, 'npy': vector()} for f, e in crops(270, 2)], 'multilabel', names=THINGS)
+    layout(root / 'several', [{e: f, 'npy': vector()} for f, e in crops(270, 2, KINDS[:-1])], 'multilabel', names=THINGS)
     def captions(i): return '\n'.join(f'{w} {THINGS[(i + k) % 6]} number {i}' for k, w in enumerate(('a', 'the', 'one', 'some', 'no')[:i % 5 + 1]))
     layout(root / 'captions', [{e: f, 'txt': captions(i).encode()} for i, (f, e) in enumerate(crops(200, 5))], 'retrieval')
     return {'digits': 'zeroshot_classification', 'photos': 'zeroshot_classification', 'two': 'zeroshot_classification',
