@@ -3,9 +3,10 @@ import io, json, warnings
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from PIL import Image
-from clipa_nb.app.questions import Pictures, Questions, answers, captions_in, checked, class_list, numbers_of, score_table
+from clipa_nb.app.questions import Questions, ask_model, checked, score_table
 from clipa_nb.core import UserError, load_user_code
 from clipa_nb.data import open_pairs
+from clipa_nb.engine.evalsets import Pictures, captions_in, class_list, matched, open_set
 from clipa_nb.pretrained import create_model, get_tokenizer, preprocess, save_pretrained
 from clipa_nb.recipes import TOY, recipe, smoke, toy_world
 from clipa_nb.tokenizer import train_wordpiece
@@ -35,7 +36,7 @@ def saved(out, r, tokenizer, seed=0):
 def clip(tmp_path_factory, words): return saved(tmp_path_factory.mktemp('clip') / 'model', smoke(TOY), words)
 
 
-def ask(model, **kw): return answers(str(model), checked(Questions(device='cpu', **kw)))
+def ask(model, **kw): return ask_model(str(model), checked(Questions(device='cpu', **kw)))
 
 
 # ---- one preprocessing ----
@@ -112,7 +113,7 @@ def folders(tmp_path_factory):
     for part, names in (('all', ('blue', 'green', 'red')), ('some', ('green', 'red'))):
         for name in names:
             (root / part / name).mkdir(parents=True)
-            for i in range(4): Image.new('RGB', (40, 40), tuple(200 * (name == c) + 9 * i for c in ('red', 'green', 'blue'))).save(root / part / name / f'{i}.png')
+            for i in range(5): Image.new('RGB', (40, 40), tuple(200 * (name == c) + 9 * i for c in ('red', 'green', 'blue'))).save(root / part / name / f'{i}.png')
     (root / 'names.txt').write_text('blue\ngreen\nred\n')
     (root / 'told.txt').write_text('green\ta green thing\nblue\ta blue thing\nred\ta red thing\n')
     return root
@@ -124,27 +125,25 @@ def labels(parts, name): return [int(v) for batch in parts[name][-2] for v in ba
 def test_some_of_the_classes_are_numbered_by_name(clip, folders):
     from clipa_nb.app.questions import own_parts
     val = preprocess(smoke(TOY).model)
-    def parts(suite, *sets, **kw): return own_parts(Questions(suite=suite, val_data=tuple(str(folders / s) for s in sets), **kw), val.transform, None)
-    assert labels(parts('zero-shot', 'some', classes=str(folders / 'names.txt')), 'some') == [1] * 4 + [2] * 4
-    found = parts('zero-shot', 'some', classes=str(folders / 'told.txt'))
-    assert labels(found, 'some') == [0] * 4 + [2] * 4 and found['some'][1] == ['a green thing', 'a blue thing', 'a red thing']
-    assert labels(parts('robustness', 'all', 'some'), 'some') == [1] * 4 + [2] * 4
+    def parts(suite, *sets, **kw): return own_parts(Questions(suite=suite, val_data=tuple(str(folders / s) for s in sets), **kw), val.transform)
+    assert labels(parts('robustness', 'some', classes=str(folders / 'names.txt')), 'some') == [1] * 5 + [2] * 5
+    found = parts('robustness', 'some', classes=str(folders / 'told.txt'))
+    assert labels(found, 'some') == [0] * 5 + [2] * 5 and found['some'][1] == ['a green thing', 'a blue thing', 'a red thing']
+    assert labels(parts('robustness', 'all', 'some'), 'some') == [1] * 5 + [2] * 5 and open_set(str(folders / 'some'), open_pairs, classes=str(folders / 'names.txt')).numbers == (1, 2)
     found = parts('probes', 'some', train_data=str(folders / 'all'))
-    assert labels(found, 'some') == [1] * 4 + [2] * 4 and found['some'][2] == ['blue', 'green', 'red']
+    assert labels(found, 'some') == [1] * 5 + [2] * 5 and found['some'][2] == ['blue', 'green', 'red']
     got = ask(clip, suite='probes', val_data=(str(folders / 'some'),), train_data=str(folders / 'all'), shots=(4,))['metrics']
     assert got['val/some-linear-probe-top1'] == 1 # by position, green would be called blue
 
 
-@pytest.mark.parametrize('suite, sets, more', [('zero-shot', ('all',), dict(classes='few.txt')), ('robustness', ('some', 'all'), {}), ('probes', ('all',), dict(train_data='some'))])
+@pytest.mark.parametrize('suite, sets, more', [('zero-shot', ('all',), dict(classes='few.txt')), ('auto', ('all',), dict(classes='few.txt')), ('robustness', ('some', 'all'), {}), ('probes', ('all',), dict(train_data='some'))])
 def test_a_class_that_is_nowhere_is_an_error(clip, folders, suite, sets, more):
     (folders / 'few.txt').write_text('green\nred\n')
-    with pytest.raises(UserError, match="the class folder 'blue' is not among the 2 classes of .*rename it, or give --classes"):
+    with pytest.raises(UserError, match="the class 'blue' is not among the 2 classes of .*rename it, or give --classes"):
         ask(clip, suite=suite, val_data=tuple(str(folders / s) for s in sets), **{k: str(folders / v) for k, v in more.items()})
 
 
-def test_a_source_without_names_keeps_its_numbers(folders):
-    class Numbered: names = None
-    assert numbers_of(Numbered(), ['a'], 'x') is None and numbers_of(open_pairs(str(folders / 'all')), None, '') is None
+def test_a_list_of_classes_has_folders_and_names(folders):
     assert class_list(str(folders / 'told.txt')) == (['green', 'blue', 'red'], ['a green thing', 'a blue thing', 'a red thing'])
 
 
@@ -221,5 +220,5 @@ def test_the_miniatures_answer(name, tmp_path, words, captioned, monkeypatch):
     assert got['not asked'] == {} and got['metrics']['val/pairs'] == 100 and all(0 <= v <= 1 for k, v in got['metrics'].items() if k != 'val/pairs')
     assert 0 < got['metrics']['val/colour-zeroshot-val-top5'] < 1 and r.name in got['recipe']
     own = ask(model, suite='retrieval', val_data=(str(captioned),), with_code=(code,))['metrics']
-    assert len(own) == 4 and 0 < own['val/image_to_text_R@5'] <= 1
+    assert len(own) == 5 and 0 < own['val/image_to_text_R@5'] <= 1
     assert '%' in score_table(dict(got, data=['toy world']))
