@@ -3,8 +3,10 @@ import warnings
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import UserError, generator
-from clipa_nb.probes import draw_shots, few_shot, labelled_features, partner_ranks
-from clipa_nb.zero_shot import check_names, fill, linear
+from clipa_nb.probes import draw_shots, few_shot, partner_ranks
+from clipa_nb.engine.features import labelled_features
+from clipa_nb.engine.asking import check_names, fill
+from clipa_nb.zero_shot import linear
 
 
 # ---- prompts ----
