@@ -393,3 +393,15 @@ def test_what_cannot_be_classified(clip, args, refusal, tmp_path, monkeypatch, c
     assert main(['classify', str(clip), *args]) == 2
     err = capsys.readouterr().err
     assert refusal in err and err.count('\n') == 1
+
+
+def test_robustness_is_measured_from_a_line_of_peers(clip, folders, tmp_path):
+    sets = tuple(f'{name}={folders / where}' for name, where in (('plain', 'all'), ('moved', 'some')))
+    peers = []
+    for k, (a, b) in enumerate(((0.3, 0.2), (0.5, 0.4), (0.7, 0.55), (0.6, 0.5))):
+        peers.append(str(tmp_path / f'{k}.json'))
+        Path(peers[-1]).write_text(json.dumps(dict(model=f'peer {k}', metrics={'val/clean_top1': a, 'val/moved_top1': b})))
+    alone = ask(clip, suite='robustness', val_data=sets)['metrics']
+    assert set(alone) == {'val/clean_top1', 'val/moved_top1'} # two peers are no line
+    got = ask(clip, suite='robustness', val_data=sets, against=tuple(peers))['metrics']
+    assert got['val/moved_effective'] == pytest.approx(got['val/moved_top1'] - got['val/moved_expected'])

@@ -4,8 +4,8 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
 from clipa_nb.distributed_trainer import spawn
-from clipa_nb.zero_shot import (PromptHead, accuracy, answers, batched, build_zero_shot_classifier, check_names, class_vectors, confusion, context_of, embed, evaluating, fill,
-                                labelled, linear, make_head, not_below, predict, product, scores, share, similarities, similarity_of, tally, text_head, tile_side, together, zero_shot)
+from clipa_nb.zero_shot import PromptHead, accuracy, build_zero_shot_classifier, class_vectors, confusion, linear, make_head, not_below, predict, tally, text_head, zero_shot
+from clipa_nb.engine.asking import answers, batched, check_names, context_of, embed, evaluating, fill, labelled, product, scores, share, similarities, similarity_of, tile_side, together
 
 NAMES, TEMPLATES = ['ab', 'cd', 'ef', 'gh', 'ij'], ['{}', 'a {}', lambda name: name[::-1]]
 
@@ -317,5 +317,5 @@ def test_a_class_may_have_prompts_of_its_own():
 def test_probabilities_use_the_models_own_scale():
     from clipa_nb.zero_shot import classify
     p, s = classify(MODEL, X[:5], NAMES, tok), scores(MODEL, X[:5], text_head(MODEL, tok, NAMES, '{}'))
-    torch.testing.assert_close(p, (float(MODEL.logit_scale.exp()) * s).softmax(1))
+    torch.testing.assert_close(p, (float(MODEL.logit_scale.detach().exp()) * s).softmax(1))
     torch.testing.assert_close(classify(Tokens(), X[:5], NAMES, tok), (100 * scores(Tokens(), X[:5], make_head(Tokens(), NAMES, '{}', tok))).softmax(1))
