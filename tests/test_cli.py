@@ -66,7 +66,7 @@ def own(finished, tmp_path_factory):
 
 def test_eval_on_own_data(finished, own, tmp_path):
     from clipa_nb.app.questions import Questions
-    from clipa_nb.cli import eval_model
+    from clipa_nb.app.questions import eval_model
     ask = lambda **kw: eval_model(str(finished / 'model'), Questions(device='cpu', **kw))['metrics']
     where = lambda name: str(own / name)
     folders = ask(suite='zero-shot', val_data=(where('classes'),))
@@ -83,7 +83,7 @@ def test_eval_refuses(clipa, finished, own, tmp_path):
     bad(clipa, 'eval', finished / 'model', '--suite', 'retreival', says='did you mean retrieval')
     bad(clipa, 'eval', finished / 'model', '--suite', 'retrieval', '--classes', own / 'names.txt', '--val-data', own / 'pairs', says='--classes has no meaning for --suite retrieval')
     from clipa_nb.app.questions import Questions
-    from clipa_nb.cli import eval_model
+    from clipa_nb.app.questions import eval_model
     from clipa_nb.core import UserError
     (tmp_path / 'one.txt').write_text('a blue thing\n'); (tmp_path / 'bad.txt').write_text('no place for a name\n')
     for more, says in ((dict(val_data=(str(own / 'pairs'),)), 'needs --classes'), (dict(val_data=(str(tmp_path / 'none'),)), 'none'), (dict(val_data=(str(own / 'pairs'),), classes=str(tmp_path / 'one.txt')), 'head has 1 classes'),
@@ -629,7 +629,7 @@ def test_own_parts_refuse(own, tmp_path):
         with pytest.raises(UserError, match=says): own_parts(Questions(suite='zero-shot', **wrong), Transform(size=64), None)
 
 def test_pictures_in_batches(finished, tmp_path):
-    from clipa_nb.app.questions import Pictures
+    from clipa_nb.engine.evalsets import Pictures
     from clipa_nb.core import UserError
     from clipa_nb.data import Shards
     from clipa_nb.engine.pictures import Transform

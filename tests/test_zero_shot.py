@@ -4,8 +4,8 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
 from clipa_nb.distributed_trainer import spawn
-from clipa_nb.zero_shot import (PromptHead, accuracy, answers, batched, build_zero_shot_classifier, check_names, class_vectors, confusion, context_of, embed, evaluating, fill,
-                                labelled, linear, make_head, not_below, predict, product, scores, share, similarities, similarity_of, tally, text_head, tile_side, together, zero_shot)
+from clipa_nb.zero_shot import PromptHead, accuracy, build_zero_shot_classifier, class_vectors, confusion, linear, make_head, not_below, predict, tally, text_head, zero_shot
+from clipa_nb.engine.asking import answers, batched, check_names, context_of, embed, evaluating, fill, labelled, product, scores, share, similarities, similarity_of, tile_side, together
 
 NAMES, TEMPLATES = ['ab', 'cd', 'ef', 'gh', 'ij'], ['{}', 'a {}', lambda name: name[::-1]]
 
@@ -169,7 +169,7 @@ def test_a_similarity_of_its_own_makes_the_head():
 def test_tiles_of_a_similarity_are_the_whole(monkeypatch):
     model = Tokens()
     z = embed(model, dict(image=X[:70], text=torch.randint(0, 50, (45, 6), generator=G)))
-    monkeypatch.setattr('clipa_nb.zero_shot.tile_side', lambda image, text: 32)
+    monkeypatch.setattr("clipa_nb.engine.asking.tile_side", lambda image, text: 32)
     torch.testing.assert_close(similarities(model.similarity, z['image'], z['text']), model.similarity(z['image'], z['text']))
 
 
@@ -242,3 +242,80 @@ def test_a_clip_model_gets_the_same_numbers_bit_for_bit():
         said = linear(w)(model.encode_image(x, normalize=True).to(w.dtype))
     head = make_head(model, NAMES, TEMPLATES, tok, classes_per_batch=2)
     assert type(head) is nn.Linear and torch.equal(head.weight, w) and torch.equal(scores(model, x, head), said) and similarity_of(model) is product
+
+
+# ---- open_clip's numbers ----
+
+@pytest.mark.parametrize('how', [('squash', 'bilinear'), ('shortest', 'bicubic')])
+def test_zero_shot_is_open_clips_to_the_last_digit(how, tmp_path):
+    "The same model, the same files of every kind: class weights, top-1, top-5."
+    open_clip = pytest.importorskip('open_clip')
+    import numpy as np
+    from PIL import Image
+    from clipa_nb.data import open_pairs
+    from clipa_nb.engine.evalsets import Pictures, open_set
+    from clipa_nb.pretrained import create_model_and_transforms, from_open_clip_config, get_tokenizer, save_pretrained
+    from clipa_nb.tokenizer import train_wordpiece
+    names, templates = [f'{c} {s}' for c in ('red', 'blue', 'green') for s in ('star', 'ring', 'cross')], ['a photo of a {}.', 'the {}', 'art of {}']
+    words = train_wordpiece([t.format(n) for n in names for t in templates], vocab_size=120, context_length=12)
+    cfg = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
+               text_cfg=dict(context_length=12, vocab_size=words.vocab_size, width=32, heads=2, layers=1, hf_tokenizer_name='bert-base-uncased', tokenizer_kwargs=dict(strip_sep_token=True), no_causal_mask=True, pool_type='last'))
+    torch.manual_seed(3)
+    model = from_open_clip_config(dict(model_cfg=cfg, preprocess_cfg=dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), interpolation=how[1], resize_mode=how[0]))).build()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.3 * torch.randn_like(p))
+    out = save_pretrained(model, tmp_path / 'model', tokenizer=words)
+    rng = np.random.default_rng(0)
+    for i in range(54):
+        image = Image.fromarray(rng.integers(0, 256, (int(rng.integers(20, 70)), int(rng.integers(20, 70)), 4), dtype=np.uint8), 'RGBA')
+        mode, suffix = (('RGB', 'jpg'), ('P', 'png'), ('RGBA', 'png'), ('CMYK', 'jpg'), ('L', 'png'), ('I;16', 'png'))[i % 6]
+        if mode == 'I;16': image = Image.fromarray(np.asarray(image.convert('L')).astype('uint16') * 200)
+        elif mode != 'RGBA': image = image.convert('RGB').convert(mode)
+        path = tmp_path / 'sets' / names[i // 6] / f'{i}.{suffix}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    theirs, _, prepare = open_clip.create_model_and_transforms(f'local-dir:{out}')
+    order = sorted(names)
+    weights = open_clip.build_zero_shot_classifier(theirs.eval(), open_clip.get_tokenizer(f'local-dir:{out}'), order, templates)
+    files = sorted((tmp_path / 'sets').glob('*/*'))
+    with torch.no_grad(): logits = 100 * theirs.encode_image(torch.stack([prepare(Image.open(f).convert('RGB')) for f in files]), normalize=True) @ weights
+    right = torch.tensor([order.index(f.parent.name) for f in files])
+    top = logits.topk(5).indices == right[:, None]
+    net, _, val = create_model_and_transforms(f'local-dir:{out}')
+    head, s = text_head(net.eval(), get_tokenizer(f'local-dir:{out}'), order, templates), open_set(str(tmp_path / 'sets'), open_pairs)
+    got = zero_shot(net, Pictures(s.source, val.transform, 20, numbers=s.numbers, names=s.names, workers=2), head)
+    assert s.names == tuple(order) and float((head.weight.detach().T - weights).abs().max()) < 1e-6
+    assert (got['top1'], got['top5']) == (int(top[:, 0].sum()) / 54, int(top.sum()) / 54)
+    assert got['mean_per_class'] == pytest.approx(float(torch.stack([top[right == k, 0].double().mean() for k in range(9)]).mean()), abs=1e-12)
+    assert logits.argmax(1).unique().numel() > 2
+
+
+def several(comm):
+    "Scores of an uneven set, shared."
+    from clipa_nb.engine.asking import scored
+    data = [dict(image=X[a:b], label=torch.stack([Y[a:b] == k for k in range(5)], 1).long()) for a, b in ((0, 30), (30, 31), (31, 90))]
+    score, label = scored(MODEL, data, HEAD, comm)
+    return score.tolist(), label.tolist()
+
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_ranks_bring_all_scores_together(ranks):
+    alone = several(LOCAL)
+    assert spawn(several, ranks) == [alone] * ranks and alone[1] == [[int(y == k) for k in range(5)] for y in Y[:90].tolist()]
+    torch.testing.assert_close(torch.tensor(alone[0]), scores(MODEL, X[:90], HEAD))
+
+
+def test_a_class_may_have_prompts_of_its_own():
+    own = dict(ab=['x', 'y z'], cd=['q'])
+    w = class_vectors(MODEL, tok, ['cd', 'ab'], own)
+    torch.testing.assert_close(w[1], F.normalize(MODEL.encode_text(tok(['x', 'y z']), normalize=True).mean(0), dim=0).detach())
+    torch.testing.assert_close(make_head(Tokens(), ['cd', 'ab'], own, tok)(embed(Tokens(), dict(image=X[:4]))['image'])[:, 0],
+                               Tokens().similarity(embed(Tokens(), dict(image=X[:4]))['image'], embed(Tokens(), dict(text=tok(['q'])))['text'])[:, 0])
+    with pytest.raises(UserError, match="1 of 2 classes have no prompts, first 'zz'"): class_vectors(MODEL, tok, ['ab', 'zz'], own)
+
+
+def test_probabilities_use_the_models_own_scale():
+    from clipa_nb.zero_shot import classify
+    p, s = classify(MODEL, X[:5], NAMES, tok), scores(MODEL, X[:5], text_head(MODEL, tok, NAMES, '{}'))
+    torch.testing.assert_close(p, (float(MODEL.logit_scale.detach().exp()) * s).softmax(1))
+    torch.testing.assert_close(classify(Tokens(), X[:5], NAMES, tok), (100 * scores(Tokens(), X[:5], make_head(Tokens(), NAMES, '{}', tok))).softmax(1))

@@ -29,7 +29,8 @@ from clipa_nb.token_dropping import TokenDrop, n_keep, resize, resize_for
 from clipa_nb.tokenizer import train_wordpiece
 from clipa_nb.toyworld import TEMPLATES, caption_text, class_names, render, scenes
 from clipa_nb.transformer import Encoder
-from clipa_nb.zero_shot import batched, text_head, zero_shot
+from clipa_nb.engine.asking import batched
+from clipa_nb.zero_shot import text_head, zero_shot
 
 OUT = ROOT / 'nbs' / 'results' / 'tokens.jsonl'
 RUNNERS, STEPS, BATCH, SIZE = ('resize', 'random', 'block', 'grid', 'none'), 400, 128, 64
