@@ -3,10 +3,10 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
 from clipa_nb.distributed_trainer import spawn
-from clipa_nb.engine.fits import (TRANSFORMS, fit_from, fit_line, fit_logistic, fit_lsr, fit_ridge, fit_temperature, folded, inside, line_at, minimise, peak, standardised, stratified,
+from clipa_nb.engine.fits import (TRANSFORMS, fit_from, fit_line, fit_logistic, fit_lsr, fit_ridge, fit_temperature, folded, inside, line_at, minimise, peak, reliability, standardised, stratified,
                                   transformed)
 from clipa_nb.engine.rows import all_rows, all_texts, exchanged
-from clipa_nb.probes import calibration, draw_shots, few_shot, judged, linear_probe, partner_ranks, recall, reliability, retrieval, retrieve, robustness
+from clipa_nb.probes import calibration, draw_shots, few_shot, judged, linear_probe, partner_ranks, recall, retrieval, retrieve, robustness
 from clipa_nb.engine.suites import caption_choice, winoground
 from clipa_nb.engine.features import encoded, features, labelled_features, own_features, strip
 from clipa_nb.engine.asking import batched, evaluating
