@@ -1,5 +1,6 @@
 "Remote shards against servers of this machine: ranges or none, a network that fails, S3, a cache that is small or full."
-import errno, http.server, importlib.util, os, random, signal, subprocess, sys, threading, time
+import errno, http.server, importlib.util, json, os, random, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
@@ -185,6 +186,12 @@ assert len(s.read({web.url + '/a.tar'!r}, 5, 100)) == 100 and 'obstore' not in s
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
 
 
+def test_threads_read_beside_each_other(web, store):
+    data, name = web.files.setdefault('/a.tar', noise(8 * CHUNK)), web.url + '/a.tar'
+    with ThreadPoolExecutor(8) as pool: got = [*pool.map(lambda k: [store.read(name, k * CHUNK + j, 99) for j in range(20)], range(8))]
+    assert got == [[data[k * CHUNK + j:k * CHUNK + j + 99] for j in range(20)] for k in range(8)] and len(web.gets) == 8
+
+
 def fetcher_of(store):
     "The process that listens on the store's socket."
     for p in Path('/proc').glob('[0-9]*/cmdline'):
@@ -205,9 +212,10 @@ def test_a_fetcher_that_is_killed_is_started_again_and_ends_with_its_run(web, st
     place = store.place
     store.close()
     for _ in range(100):
-        if not os.path.exists(place): break
+        if not os.path.exists(os.path.join(place, 'fetcher')): break
         time.sleep(0.1)
-    assert fetcher_of(store) is None and not os.path.exists(place)
+    time.sleep(0.2)
+    assert fetcher_of(store) is None and not os.path.exists(os.path.join(place, 'fetcher'))
 
 
 def test_the_cache_is_bounded_and_the_next_run_finds_it(web, tmp_path):
@@ -222,7 +230,8 @@ def test_the_cache_is_bounded_and_the_next_run_finds_it(web, tmp_path):
     s.close(); time.sleep(1.5)
     n = len(web.gets)
     s = RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.5)
-    other = RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.5)
+    assert RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.5).place == s.place, 'two stores of one kind share a fetcher'
+    other = RemoteStore(str(tmp_path), cache_gb=3.5 * CHUNK / 1e9, minutes=0.6)
     assert s.read(name, 8 * CHUNK, 5) == data[8 * CHUNK:8 * CHUNK + 5] and len(web.gets) == n
     assert other.read(name, 8 * CHUNK, 5) == data[8 * CHUNK:8 * CHUNK + 5] and len(web.gets) == n + 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ['slot_0', 'slot_1']
@@ -310,3 +319,46 @@ def test_a_bucket_is_listed_and_read(bucket, tmp_path):
     with pytest.raises(UserError, match="s3://none/toy cannot be listed .*AWS_SKIP_SIGNATURE"): expand_remote('s3://none/toy', s)
     with pytest.raises(FileNotFoundError): s.size('s3://pairs/toy/000009.tar')
     s.close()
+
+
+# -- end to end ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    "Forty small shards of toy pairs."
+    from clipa_nb.engine.shards import write_shards
+    from clipa_nb.recipes import ToyData
+    out = tmp_path_factory.mktemp('pairs') / 'set'
+    write_shards(ToyData(n=240).samples(), out, per_shard=6)
+    return out
+
+
+def train(where, out, *flags):
+    command = [sys.executable, '-m', 'clipa_nb.cli', 'train', 'toy', '--smoke', '--device', 'cpu', '--precision', 'fp32', '--max-steps', '3']
+    return subprocess.run([*command, '--train-data', str(where), '--out', str(out), *flags], capture_output=True, text=True, timeout=300)
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    return [(r['step'], r['train/loss']) for r in rows if 'train/loss' in r]
+
+
+def test_a_run_over_a_network_that_fails_is_the_run_from_a_disk(web, pairs, tmp_path):
+    for p in pairs.glob('*.tar'): web.files[f'/{p.name}'] = p.read_bytes()
+    web.rate = 0.3
+    done = train(web.url + '/{000000..000039}.tar', tmp_path / 'far', '--workers', '2', '--cache-dir', str(tmp_path / 'cache'), '--cache-gb', '0.1')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'requests failed and were repeated' in done.stderr, done.stderr[-3000:]
+    near = train(pairs, tmp_path / 'near', '--workers', '0')
+    assert near.returncode == 0, near.stderr[-3000:]
+    assert losses(tmp_path / 'far') == losses(tmp_path / 'near') and losses(tmp_path / 'far')
+    assert list((tmp_path / 'cache').glob('slot_0/*/*'))
+
+
+@pytest.mark.parametrize('where, says', [
+    ('/{000000..000040}.tar', '/000040.tar'), ('/', 'a web server cannot be asked which shards it has'), ('/{000000..000003}.csv', 'a web server cannot be asked')])
+def test_what_cannot_be_had_is_one_line(web, pairs, tmp_path, where, says):
+    for p in pairs.glob('*.tar'): web.files[f'/{p.name}'] = p.read_bytes()
+    done = train(web.url + where, tmp_path / 'run', '--cache-dir', str(tmp_path / 'cache'))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith('clipa: ') and says in last and not (tmp_path / 'run').exists(), done.stderr[-2000:]

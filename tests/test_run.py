@@ -328,9 +328,15 @@ def test_shards_that_were_added_are_noticed(clipa, tmp_path):
     shutil.copy(tmp_path / 'd' / '000000.tar', tmp_path / 'd' / '000001.tar')
     bad(clipa, *run, says='had 64 samples in 1 files when the run began and has 128 samples in 2 files now')
     (tmp_path / 'd' / '000000.tar').unlink()
-    bad(clipa, *run, says='under other names')
+    bad(clipa, *run, says='has 64 samples in 1 files as before, but not the same ones')
+    told = clipa(*run, '--other-data')
+    assert told.returncode == 0 and 'going on with it' in told.stderr and json.loads((tmp_path / 'x' / 'plan.json').read_text())['data'][0]['deal']['lanes'] > 1
+    (tmp_path / 'x' / 'report.json').unlink()
+    bad(clipa, *run[:-1], tmp_path / 'd', '--set', 'stages.0.base_lr=1', says='holds another run')
+    clipa(*run) # what it went on with is what it has
+    (tmp_path / 'x' / 'report.json').unlink()
     (tmp_path / 'd' / '000001.tar').rename(tmp_path / 'd' / '000000.tar')
-    clipa(*run)
+    clipa(*run, '--other-data')
 
 def test_two_runs_cannot_share_a_directory(clipa, tmp_path):
     hold = f"import time\nfrom pathlib import Path\nfrom clipa_nb.app.run import sole_user\nwith sole_user(Path({str(tmp_path / 'x')!r})):\n    print('held', flush=True)\n    time.sleep(60)\n"

@@ -209,7 +209,7 @@ class Patches(Pair):
 def chain(comm, chunks=1, start=0, steps=5, state=None):
     "A run on real batches: crops, words and dropped tokens all by `draw`."
     task, trace, last = Task(Patches(), Projected()).double().train(), [], {}
-    data = Batches(Noise(), Words(), Transform(40, scale=(0.4, 1.)), B, seed=1, rank=comm.rank, size=comm.size, limit=0.5)
+    data = Batches(Noise(), Words(), Transform(40, scale=(0.4, 1.)), B, seed=2, rank=comm.rank, size=comm.size, limit=0.5)
     cfg = TrainConfig(steps=steps, lr=3e-2, chunks=chunks, log_every=1)
     optimizer = AdamW().build(task, cfg.lr)
     if state: unpack(state, task, optimizer)
