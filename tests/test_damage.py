@@ -2,7 +2,7 @@
 
     python tests/test_damage.py           prints the table and appends its rows to nbs/results/damage.jsonl
 """
-import io, json, multiprocessing.pool, os, signal, struct, sys, tarfile, time, warnings, zlib
+import io, json, multiprocessing.pool, multiprocessing.popen_fork, multiprocessing.queues, multiprocessing.synchronize, os, signal, struct, sys, tarfile, time, warnings, zlib
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -65,7 +65,7 @@ def injured(folder, cause, rate, n=1000, shards=20):
     where = str(folder)
     for s in spread(rate, shards) if cause in SHARDS else ():
         path = folder / f'{s:06d}.tar'
-        if cause == 'truncated tar': path.write_bytes(path.read_bytes()[:-20_000 if each > 10 else -10_400])
+        if cause == 'truncated tar': path.write_bytes(path.read_bytes()[:each * 3584 - 700]) # inside the last sample
         if cause == 'not a tar': path.write_bytes(b'<html>503</html>' * 400)
         if cause == 'missing shard': path.unlink(); where = f'{folder}/{{000000..{shards - 1:06d}}}.tar'
         if cause == 'duplicate keys': write(path, [f'{s * each:09d}'] * each)
@@ -103,9 +103,10 @@ def test_damage_is_masked_counted_and_said(cause, rate, tmp_path):
     where, n = injured(tmp_path / 'set', cause, rate)
     valid, b, said, code = suffer(where, n)
     assert said and all('\n' not in line and len(line) < 700 for line in said), 'never silence, always one line'
-    name = '.tar'
-    assert any(name in line for line in said), 'a shard is named'
-    if rate == 1: return b is None or code or valid == 0 or cause == 'truncated tar' or pytest.fail('all of it is damaged, and it trained')
+    assert any('.tar' in line or str(tmp_path) in line for line in said), 'a shard is named, or the folder where all are damaged'
+    if rate == 1:
+        assert code or cause in ('truncated tar', 'duplicate keys'), 'all of it is damaged, and it trained'
+        return
     if cause in ALL_SAID_BEFORE: assert code == 2 and valid == 0; return
     assert code == 0
     lost = sum(b.skipped.counts.values())
@@ -135,7 +136,7 @@ def fragile(tmp_path, how, times):
 @pytest.mark.parametrize('times', [1, 2])
 def test_a_worker_that_dies_or_hangs_is_restarted_once(how, says, times, tmp_path):
     b = fragile(tmp_path, how, times)
-    keys, want = [], [b.sequence[int(p)] for p in range(200)]
+    keys, want = [], [int(i) for step in range(20) for i in b.sequence[b.positions(step)]]
     b.tokenizer = lambda texts, context_length=8, strategy=None, draw=None: torch.tensor([[int(t.split()[1])] * context_length for t in texts])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
