@@ -81,7 +81,7 @@ def test_an_exam_reads_captions_as_the_stage_did():
     assert torch.equal(words([text, text])[0], words(text)[0]) and words.vocab_size == tokenizer.vocab_size
 
 def test_a_trial_of_the_demo_is_written_with_its_changes():
-    args = argparse.Namespace(name='B', set=['model.positions=learned', 'stages.0.samples=1280'], dial=['size_1=6,22', 'glyphs=0.2'],
+    args = argparse.Namespace(name='B', recipe='toy', set=['model.positions=learned', 'stages.0.samples=1280'], dial=['size_1=6,22', 'glyphs=0.2'],
                               arms=['two', 'twin:model.positions=moco'])
     two, twin = runner.demo(args)
     assert dict(two.recipe.data.dials) == {'glyphs': 0.2, 'say_colour': 0.9, 'size_1': (6., 22.)}

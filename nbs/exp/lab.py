@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / '.ci'))
 from record import cpu_name
 from clipa_nb.app.exam import digit_set, toy_sets, toy_suite
 from clipa_nb.app.run import build_task, captions_with_words, next_weights, stage_optimizer
-from clipa_nb.core import UserError, draws_of, hash_bits, pick_device, pick_precision, seed_of
+from clipa_nb.core import USER_FILES, UserError, draws_of, hash_bits, pick_device, pick_precision, seed_of
 from clipa_nb.recipes import Recipe, ToyData, stage_data, stage_objective, stage_plan, stage_text, toy_world, train_config
 from clipa_nb.token_dropping import resize
 from clipa_nb.toyworld import TEMPLATES, caption_text, class_names, class_scenes, render, scenes
@@ -174,9 +174,10 @@ class Clock:
     def read(self) -> float: return self.now(self.device) - self.begun
 
 def code_hash() -> str:
-    "A hash of everything a result depends on: the package and this file."
+    "A hash of everything a result depends on: the package, this file, and files of recipes."
     h = hashlib.sha256()
-    for path in [*sorted((ROOT / 'clipa_nb').rglob('*.py')), Path(__file__)]: h.update(path.read_bytes())
+    given = [Path(p) for p in os.environ.get(USER_FILES, '').split(os.pathsep) if p]
+    for path in [*sorted((ROOT / 'clipa_nb').rglob('*.py')), Path(__file__), *given]: h.update(path.read_bytes())
     return h.hexdigest()[:12]
 
 def cache_path(recipe: Recipe, i: int, seed: int) -> Path:

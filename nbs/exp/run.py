@@ -17,7 +17,7 @@ import lab
 from clipa_nb.app.run import full_length, set_field
 from clipa_nb.core import UserError
 from clipa_nb.optimization import Cosine
-from clipa_nb.recipes import TOY, Recipe, stage_plan
+from clipa_nb.recipes import TOY, Recipe, recipe as recipe_named, stage_plan
 
 @dataclass(frozen=True)
 class Cell:
@@ -196,8 +196,8 @@ def dialled(text: str):
     return name, numbers if len(numbers) > 1 else numbers[0]
 
 def demo(args) -> list:
-    "A trial of the demo's search: the toy recipe with changes, and the arms it is held against."
-    recipe = TOY
+    "A trial of the demo's search: a recipe with changes, and the arms it is held against."
+    recipe = recipe_named(args.recipe)
     dials = dict(recipe.data.dials) | dict(map(dialled, args.dial))
     recipe = recipe.replace(name=args.name, data=recipe.data.replace(dials=tuple(dials.items())))
     for change in args.set: recipe = set_field(recipe, change)
@@ -218,6 +218,7 @@ def main():
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--list', action='store_true')
     parser.add_argument('--name', default='toy', help='demo: the name of the trial')
+    parser.add_argument('--recipe', default='toy', help='demo: where the trial begins: a name, or path.py:NAME')
     parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='demo: a change of the toy recipe')
     parser.add_argument('--dial', action='append', default=[], metavar='DIAL=VALUE', help='demo: a change of its world')
     parser.add_argument('--arms', nargs='+', default=['stage1', 'two', 'on', 'control', 'twin'],
