@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from .core import Config, UserError, need, unknown
 from .cost import SIZES, Tower
+from .engine.asking import product
 from .engine.formats import misfits
 from .patch_embedding import ClassToken, LearnedPositions, PatchEmbed, SinCos, resize_positions
 from .token_dropping import TokenDrop
@@ -319,9 +320,7 @@ class CLIP(nn.Module):
         if 'text' in batch and self.reads_text: out['text'] = self.encode_text(batch['text'], normalize=True, draw=draw)
         return out
 
-    def similarity(self, image_nE, text_ME):
-        "The cosines of all pairs, [n,M]."
-        return image_nE @ text_ME.T
+    similarity = staticmethod(product) # the cosines of all pairs, [n,M]; an evaluation knows it by this name
 
     def forward(self, image=None, text=None):
         "(image features, text features, scale) and the bias if there is one, or a dictionary of them."

@@ -409,7 +409,8 @@ def autocast(
 class Local:
     "The comm of a single process: every collective is the identity."
     rank, size = 0, 1
-    def wrap(self, module): return module
+    def wrap(self, module, how='ddp', precision='fp32', static=False): return module
+    def whole(self, module): return module
     def no_sync(self, module): return contextlib.nullcontext()
     def gather(self, x_b): return x_b
     def reduce_scatter(self, x_B): return x_B

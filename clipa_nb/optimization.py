@@ -166,7 +166,8 @@ def param_groups(
         path, _, leaf = name.rpartition('.')
         if decays is None: decays = DECAYS[decay](model.get_submodule(path), leaf, p)
         fresh = dict(params=[], names=[], lr=lr * multiple, lr_multiple=multiple, weight_decay=weight_decay * decays)
-        group = groups.setdefault((multiple, decays), fresh)
+        sharded = hasattr(p, 'placements') # an optimiser's kernels take a list of tensors of one kind
+        group = groups.setdefault((multiple, decays, sharded), fresh)
         group['params'].append(p)
         group['names'].append(public)
     return list(groups.values())

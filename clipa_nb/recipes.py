@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['TOY', 'J', 'H14', 'T', 'LAION', 'L16', 'H14_70PX', 'L14', 'BIGG14', 'L16_T16', 'B16_T16', 'RECIPES', 'H14_UNMASKED',
            'STUDIES', 'changes', 'Stage', 'Recipe', 'stage_model', 'stage_objective', 'stage_data', 'toy_tagger',
-           'ToyData', 'toy_world', 'toy_phrases', 'study', 'recipe', 'stage_plan', 'smoke', 'train_config',
-           'stage_transform', 'stage_text']
+           'ToyData', 'toy_world', 'toy_phrases', 'study', 'recipe', 'stage_tokens', 'stage_memory', 'resolve',
+           'stage_plan', 'smoke', 'train_config', 'stage_transform', 'stage_text']
 
 # %% ../nbs/18_recipes.ipynb #c002
-import io, json
+import functools, io, json
 from dataclasses import dataclass, field
 from pathlib import Path
+import torch
 from tqdm.auto import tqdm
 from .core import LOCAL, Config, UserError, load_user_code, unknown
-from .cost import Tower, memory, plan
+from .cost import CHECKPOINTING, Tower, choose, plan, shards_of
 from .clip import ModelConfig, model_config
 from .data import PairData, Shards, Source
 from .engine.pictures import Transform
 from .engine.shards import write_shards
+from .engine.sources import Made
 from .infonce import ContrastiveConfig, ObjectiveConfig
 from .optimization import AdamW, Cosine, Schedule, lr_for
 from .text_truncation import lexicon_tagger, rule_tagger, text_strategy
 from .token_dropping import n_keep
 from .tokenizer import LearntVocabulary, Vocabulary
 from .trainer import TrainConfig
+from .transformer import pick_attention
 
 # %% ../nbs/18_recipes.ipynb #c005
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Stage(Config):
     gray: float = 0. # probability of dropping colour (0.2 in "J")
     frozen: tuple[str, ...] = () # name patterns of parameters that do not learn
     rates: tuple[tuple[str, float], ...] = () # (name pattern, multiple of the learning rate)
-    micro_batch: int = 0 # samples a GPU holds at a time; 0: its whole share of the batch
-    checkpointing: str = 'none' # 'none', 'full' or 'selective': what is kept for the backward pass
+    micro_batch: int = 0 # samples a GPU holds at a time; 0: as many as fit, see `resolve`
+    checkpointing: str = 'auto' # 'none', 'selective' or 'full': what is made again; 'auto': what fits
+    wrap: str = 'auto' # 'ddp', 'fsdp2' or 'hsdp': how ranks share the model; 'auto': what fits
     objective: ObjectiveConfig | None = None # None: the recipe's
     data: PairData | None = None # None: the recipe's
 
@@ -61,6 +65,9 @@ class Stage(Config):
             below = ' and less than 1' if field == 'ema' else ''
             if low <= value < high: continue
             raise UserError(f'stage {self.name}: {field} is {value}, expected {low} or more{below}')
+        for field, kinds in (('checkpointing', CHECKPOINTING), ('wrap', ('ddp', 'fsdp2', 'hsdp'))):
+            if getattr(self, field) not in ('auto', *kinds):
+                raise unknown(f'{field} of stage {self.name}', getattr(self, field), ('auto', *kinds))
 
     @property
     def steps(self) -> int: return max(1, self.samples // self.batch_size)
@@ -96,8 +103,9 @@ def stage_model(
     recipe: Recipe, # the run
     i: int, # which stage
 ) -> ModelConfig: # with that stage's image size, context length, dropping and checkpointing
-    "The model's configuration in one stage."
-    return recipe.model.at(recipe.stages[i])
+    "The model's configuration in one stage; what is still 'auto' there is what needs no room to be known."
+    stage = recipe.stages[i]
+    return recipe.model.at(stage.replace(checkpointing='none') if stage.checkpointing == 'auto' else stage)
 
 def stage_objective(
     recipe: Recipe, # the run
@@ -127,25 +135,35 @@ class ToyData(PairData):
     size: int = 64 # pixels of a picture
     quality: int = 90 # of its JPEG
     dials: tuple[tuple[str, float], ...] = () # changes to the world, such as (('glyphs', 0.1),)
+    live: bool = False # draw each pair when it is read, in the order of their numbers, and write no shards
+
+    def draw(self, seed: int, split: str, ids: range) -> list:
+        "Pairs by their numbers, as rows of a source."
+        from PIL import Image
+        from clipa_nb.toyworld import boxes, caption_text, labels, render, scenes
+        part, rows = scenes(toy_world(self), seed, ids, split), []
+        pictures = render(part, self.size).permute(0, 2, 3, 1).numpy()
+        about = zip(caption_text(part), labels(part).tolist(), boxes(part).tolist(), toy_phrases(part))
+        for i, pixels, (text, label, found, phrases) in zip(ids, pictures, about):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, 'JPEG', quality=self.quality, subsampling=0)
+            found = [[round(v, 4) for v in box] for box in found[:len(phrases)]]
+            meta = dict(label=label, boxes=found, box_text=phrases)
+            rows.append(dict(image=buffer.getvalue(), text=text, json=meta, key=f'{i:09d}'))
+        return rows
 
     def samples(self, seed: int = 0, split: str = 'train'):
         "Yields `(key, jpeg bytes, caption, json)` for `write_shards`."
-        from PIL import Image
-        from clipa_nb.toyworld import boxes, caption_text, labels, render, scenes
-        world = toy_world(self)
         for start in range(0, self.n, 500):
-            part = scenes(world, seed, range(start, min(start + 500, self.n)), split)
-            pictures = render(part, self.size).permute(0, 2, 3, 1).numpy()
-            about = zip(caption_text(part), labels(part).tolist(), boxes(part).tolist(), toy_phrases(part))
-            for i, (pixels, (text, label, found, phrases)) in enumerate(zip(pictures, about)):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, 'JPEG', quality=self.quality, subsampling=0)
-                found = [[round(v, 4) for v in box] for box in found[:len(phrases)]]
-                yield f'{start + i:09d}', buffer.getvalue(), text, dict(label=label, boxes=found, box_text=phrases)
+            for row in self.draw(seed, split, range(start, min(start + 500, self.n))):
+                yield row['key'], row['image'], row['text'], row['json']
 
     def open(self, where: str = '', folder=None, seed: int = 0, comm=LOCAL) -> Source:
         "What the user gives instead, or the shards in `folder/data`, which rank 0 draws where they are not there yet."
         if where or self.path: return super().open(where, folder, seed, comm)
+        if self.live:
+            draw = functools.partial(self.draw, seed, 'train')
+            return Made(draw, self.n, f'toy world {self.name}', most=64, sequential=True)
         folder = Path(folder) / 'data'
         if comm.rank == 0 and not (folder / 'sizes.json').exists():
             quiet = None if self.n > 1000 else True # None: a bar on a terminal only
@@ -348,12 +366,11 @@ def _recipe_read(path):
 changes = Recipe.diff # (a, b) → {'stages.0.image_size': (a's value, b's value)}
 
 # %% ../nbs/18_recipes.ipynb #c036
-def stage_plan(
+def stage_tokens(
     recipe: Recipe, # the run
     i: int, # which stage
-    ranks: int = 1, # devices that share the batch
-) -> dict: # tokens, steps, samples, FLOPs, bytes on one device; raises `UserError` for impossible sizes
-    "What one stage will take."
+) -> int: # tokens that the image tower's layers see; raises `UserError` for impossible sizes
+    "The image tokens of a stage."
     s, m = recipe.stages[i], stage_model(recipe, i)
     if s.context_length < 2:
         no_room = f'a context of {s.context_length} has no room for a word beside the special token'
@@ -363,13 +380,61 @@ def stage_plan(
         near = ' or '.join(str(k * m.patch) for k in (n, max(n + 1, 1)) if k > 0)
         misfit = f'an image of {s.image_size} pixels is not divisible by the patch of {m.patch}'
         raise UserError(f'stage {s.name}: {misfit}: use {near}')
-    tokens = n_keep(s.image_strategy, (n, n), s.image_ratio) + m.cls
+    return n_keep(s.image_strategy, (n, n), s.image_ratio) + m.cls
+
+def stage_memory(
+    recipe: Recipe, # the run
+    i: int, # which stage
+    precision: str = 'amp_bf16', # or 'fp32'
+    kind: str = 'cuda', # of the device
+) -> dict: # what `choose` and `memory` are told besides
+    "What decides the memory of a stage beside its tokens and its batch."
+    s, m = recipe.stages[i], stage_model(recipe, i)
+    how = getattr(m, 'attention', 'auto')
+    dtype = torch.bfloat16 if precision == 'amp_bf16' else torch.float32
+    if how == 'auto': how = pick_attention(kind, dtype, stage_tokens(recipe, i))
+    return dict(precision=precision, tile=4096, ema=bool(s.ema), matrix=how == 'matmul', image_size=s.image_size,
+                vocab=m.vocab_size, context=s.context_length)
+
+def resolve(
+    recipe: Recipe, # the run, with fields that are 'auto'
+    ranks: int = 1, # devices that share the batch
+    room: int = 0, # bytes that a step may fill on one of them, from `device_bytes`; 0: unknown
+    precision: str = 'amp_bf16', # or 'fp32'
+    kind: str = 'cuda', # of the devices
+    per_node: int = 8, # devices on one machine
+) -> tuple: # (the same run without 'auto', why for each stage)
+    "Decide how each stage is wrapped, cut and recomputed, by the memory model."
+    stages, reasons = [], []
+    for i, s in enumerate(recipe.stages):
+        tokens, m = stage_tokens(recipe, i), stage_model(recipe, i)
+        share = -(-s.batch_size // ranks)
+        foreign = getattr(m, 'image_trunk', '') or getattr(m, 'text_trunk', '')
+        told = dict(room=0 if foreign else room, ranks=ranks, per_node=per_node, wrap=s.wrap, micro=s.micro_batch)
+        told.update(checkpointing=s.checkpointing, **stage_memory(recipe, i, precision, kind))
+        chosen = choose(m, tokens, s.context_length, share, **told)
+        reasons.append('towers of another make: their memory is not known' if foreign else chosen['why'])
+        stages.append(s.replace(**{k: chosen[k] for k in ('wrap', 'micro_batch', 'checkpointing')}))
+    return recipe.replace(stages=tuple(stages)), tuple(reasons)
+
+def stage_plan(
+    recipe: Recipe, # the run; what is 'auto' in it counts as replicas, no checkpointing and the whole share at once
+    i: int, # which stage
+    ranks: int = 1, # devices that share the batch
+    precision: str = 'amp_bf16', # or 'fp32'
+    kind: str = 'cuda', # of the devices
+    per_node: int = 8, # devices on one machine
+) -> dict: # tokens, steps, samples, FLOPs, bytes on one device; raises `UserError` for impossible sizes
+    "What one stage will take."
+    s, m, tokens = recipe.stages[i], stage_model(recipe, i), stage_tokens(recipe, i)
     share = -(-s.batch_size // ranks)
-    at_once = min(s.micro_batch or share, share)
-    held = dict(checkpointing=m.checkpointing, vocab=m.vocab_size, context=s.context_length)
-    numbers = plan(m, tokens, s.context_length, s.batch_size, s.steps, s.image_size, ranks, **held)
-    memory_bytes = memory(m, tokens, s.context_length, at_once, ranks, tile=4096, **held)['total']
-    return dict(stage=s.name, **numbers) | dict(memory_bytes=memory_bytes)
+    chunks = -(-share // s.micro_batch) if s.micro_batch else 1
+    wrap = 'ddp' if s.wrap == 'auto' else s.wrap
+    held = dict(stage_memory(recipe, i, precision, kind), checkpointing=m.checkpointing, chunks=chunks)
+    held['shards'] = shards_of(wrap, ranks, per_node)
+    numbers = plan(m, tokens, s.context_length, s.batch_size, s.steps, ranks=ranks, **held)
+    how = dict(wrap=wrap, checkpointing=m.checkpointing, micro_batch=min(s.micro_batch or share, share), chunks=chunks)
+    return dict(stage=s.name, **numbers, **how)
 
 # %% ../nbs/18_recipes.ipynb #c041
 def smoke(

@@ -231,7 +231,7 @@ def patient(finished, tmp_path, monkeypatch):
     "A function: a run as the doctor opens it, with so many workers and samples in a batch, and steps that take no time."
     monkeypatch.setattr('clipa_nb.app.doctor.trial_seconds', lambda *args, **kw: 1e-6)
     from clipa_nb.app.run import Options, Run
-    from clipa_nb.data import Shards
+    from clipa_nb.engine.index import Shards
     from clipa_nb.recipes import TOY, smoke
     def make(workers=0, batch=32): return Run(smoke(TOY).with_stages(*[dict(batch_size=batch, samples=batch * 8)] * 2), Options(device='cpu', precision='fp32', workers=workers), tmp_path, source=Shards(str(finished / 'data')))
     return make
@@ -394,7 +394,7 @@ def one_step(comm, bypass=False):
     return {n: p.grad.numpy() for n, p in model.named_parameters()}
 
 def check_alike(comm, bypass):
-    from clipa_nb.distributed_trainer import same_gradients
+    from clipa_nb.engine.meeting import same_gradients
     import torch
     grads = one_step(comm, bypass)
     holder = torch.nn.Module()
@@ -631,7 +631,7 @@ def test_own_parts_refuse(own, tmp_path):
 def test_pictures_in_batches(finished, tmp_path):
     from clipa_nb.engine.evalsets import Pictures
     from clipa_nb.core import UserError
-    from clipa_nb.data import Shards
+    from clipa_nb.engine.index import Shards
     from clipa_nb.engine.pictures import Transform
     from clipa_nb.engine.shards import write_shards
     source = Shards(str(finished / 'data'))
@@ -688,7 +688,7 @@ def test_the_doctor_sees_the_same_batches(patient):
 
 def test_how_to_go_on(capsys):
     from clipa_nb.cli import stopped
-    from clipa_nb.trainer import Stopped
+    from clipa_nb.engine.loop import Stopped
     def told(e, *argv): return stopped(e, [*argv]), capsys.readouterr().err.strip()
     assert told(Stopped(signal.SIGTERM), 'demo')[0] == 75 and told(Stopped(signal.SIGINT), 'demo')[0] == 130
     assert told(KeyboardInterrupt(), 'train', 'toy') == (130, 'clipa: interrupted. To go on: clipa train toy')

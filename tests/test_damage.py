@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError
-from clipa_nb.data import Batches, Damaged, Shards, loader
+from clipa_nb.data import Batches, Damaged, loader
+from clipa_nb.engine.index import Shards
 from clipa_nb.engine.pictures import Transform, jpeg
 
 RATES = 0.001, 0.05, 1.

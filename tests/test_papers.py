@@ -36,7 +36,8 @@ def trace(comm, name, out, data):
     "Three steps in float64: the losses, and the parameters that did not move."
     from clipa_nb.app.run import Options, Run, build_task, needs_of, stage_optimizer
     from clipa_nb.recipes import train_config
-    from clipa_nb.trainer import average, train_step
+    from clipa_nb.engine.loop import average
+    from clipa_nb.trainer import train_step
     recipe = paper(name)
     run = Run(recipe, Options(out=str(out), train_data=data, device='cpu', precision='fp32', workers=0), Path(out), comm)
     task = build_task(recipe, 1, 0).double().train() # the second stage drops image tokens, where the paper lets it

@@ -5,12 +5,14 @@ import torch.distributed as dist
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 from torch import nn
 from clipa_nb.core import LOCAL, UserError
-from clipa_nb.distributed_trainer import LAUNCH, Ranks, _join, connect, disconnect, is_main, peer_status, rank_device, same_gradients, say, spawn, watch
+from clipa_nb.engine.meeting import LAUNCH, is_main, peer_status, rank_device, same_gradients, say, watch
+from clipa_nb.distributed_trainer import Ranks, _join, connect, disconnect, spawn
 from clipa_nb.engine.meeting import launched as launched_by
 from clipa_nb.engine.launch import RankError, _ByValue, _child, _collect, _open, fork_works
 from clipa_nb.engine.launch import spawn as launch_spawn
 from clipa_nb.infonce import Contrastive
-from clipa_nb.trainer import Task, TrainConfig, first_look, forward_backward
+from clipa_nb.trainer import Task, TrainConfig, forward_backward
+from clipa_nb.engine.loop import first_look
 
 N, E = 12, 5
 FORMS = dict(plain=dict(), streamed=dict(chunk=5), keyed=dict(chunk=5, key=True))
@@ -184,7 +186,8 @@ def test_reduce_scatter_refuses_rows_that_do_not_divide():
 def test_nccl(tmp_path):
     (tmp_path / 'job.py').write_text(textwrap.dedent("""
         import os, torch
-        from clipa_nb.distributed_trainer import _join, disconnect, rank_device
+        from clipa_nb.distributed_trainer import _join, disconnect
+        from clipa_nb.engine.meeting import rank_device
         rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         comm, device = _join(rank, size, rank_device('cuda'), 60), rank_device('cuda')
         for where in (device, torch.device('cpu')): # NCCL, and gloo beside it
@@ -432,7 +435,8 @@ def test_launched_or_not():
 def test_torchrun(tmp_path):
     (tmp_path / 'job.py').write_text(textwrap.dedent('''
         import torch
-        from clipa_nb.distributed_trainer import connect, disconnect, rank_device, say
+        from clipa_nb.distributed_trainer import connect, disconnect
+        from clipa_nb.engine.meeting import rank_device, say
         comm = connect('cpu', timeout=60)
         total = comm.all_sum(torch.tensor(comm.rank + 1.))
         say(comm, f'{comm.size} ranks on {rank_device("cpu")}, sum {total:g}')

@@ -190,7 +190,7 @@ def trained(clipa, tmp_path_factory):
 def test_a_run_begins_with_other_weights(trained, tmp_path, capsys, spec, same, other):
     import torch
     from clipa_nb.app.run import Options, Run, begin_stage, effective
-    from clipa_nb.data import Shards
+    from clipa_nb.engine.index import Shards
     from clipa_nb.pretrained import create_model
     from clipa_nb.recipes import TOY
     options = Options(smoke=True, device='cpu', precision='fp32', init_from=(spec.format(trained),), seed=3)

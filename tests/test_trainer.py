@@ -11,13 +11,14 @@ from clipa_nb.core import LOCAL, UserError, draws_of, keyed_uniform
 from clipa_nb.cost import Tower
 from clipa_nb.data import Batches
 from clipa_nb.engine.sources import Source
-from clipa_nb.distributed_trainer import same_gradients, spawn
+from clipa_nb.engine.meeting import same_gradients
+from clipa_nb.distributed_trainer import spawn
 from clipa_nb.engine.checkpoints import pack, unpack
 from clipa_nb.engine.pictures import Transform
 from clipa_nb.infonce import Contrastive, row_mean
 from clipa_nb.optimization import AdamW, Constant, Cosine
-from clipa_nb.trainer import (ASK_EVERY, Meter, Stopped, Task, TrainConfig, agree_to_stop, average, draws_itself, due, evaluated, first_look,
-                              fit, forward_backward, interrupts, make_ema, run_evals, train_step)
+from clipa_nb.engine.loop import ASK_EVERY, Meter, Stopped, agree_to_stop, average, draws_itself, due, evaluated, first_look, interrupts, make_ema, run_evals
+from clipa_nb.trainer import Task, TrainConfig, fit, forward_backward, train_step
 
 B, N, WORDS, KEPT, E = 8, 10, 9, 4, 6
 

@@ -5,10 +5,12 @@ import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit 
 from clipa_nb.clip import ModelConfig
 from clipa_nb.core import LOCAL, UserError, draws_of
 from clipa_nb.cost import Tower
-from clipa_nb.distributed_trainer import LAUNCH, Ranks, layers_of, same_gradients, slurm_launch, spawn
+from clipa_nb.engine.meeting import LAUNCH, same_gradients, slurm_launch
+from clipa_nb.distributed_trainer import Ranks, layers_of, spawn
 from clipa_nb.infonce import Contrastive, row_mean
 from clipa_nb.optimization import AdamW, Cosine
-from clipa_nb.trainer import Diverged, Guard, Task, TrainConfig, assemble, fit, forward_backward, train_step
+from clipa_nb.engine.loop import Diverged, Guard
+from clipa_nb.trainer import Task, TrainConfig, assemble, fit, forward_backward, train_step
 
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
 B = 8

@@ -4,19 +4,28 @@
 
 # %% auto #0
 __all__ = ['toy_sets', 'digit_set', 'toy_questions', 'pair_batches', 'toy_suite', 'best_captions', 'Context', 'toy_data',
-           'ToyQuestions', 'ToyExam', 'exams', 'skipped', 'evaluate', 'notes_of', 'world_of']
+           'Reader', 'ToyQuestions', 'ToyExam', 'Asked', 'seen_from', 'suite_file', 'named_path', 'named_sets',
+           'Validation', 'exams', 'skipped', 'evaluate', 'notes_of', 'world_of']
 
 # %% ../../nbs/app/00_exam.ipynb #c002
-import json
+import json, sys, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from ..core import LOCAL, Config, UserError, kind_class, need
-from ..probes import retrieval
-from ..recipes import TOY, Recipe, Stage, ToyData, toy_world
-from ..zero_shot import answers, batched, context_of, embed, evaluating, make_head, similarities, similarity_of
-from ..zero_shot import zero_shot
+from tqdm.auto import tqdm
+from ..core import LOCAL, Config, UserError, draws_of, kind_class, need
+from ..data import open_pairs
+from ..engine.asking import answers, batched, context_of, embed, evaluating, product, scored, similarities
+from ..engine.asking import similarity_of
+from ..engine.evalsets import EvalSet, Pictures, average_precision, open_set
+from ..engine.features import features
+from ..engine.suites import SUITES, compared, filled, open_suite, suite_kind
+from ..infonce import info_nce
+from ..pretrained import preprocess
+from ..probes import retrieval, retrieve
+from ..recipes import TOY, Recipe, Stage, ToyData, stage_text, toy_world
+from ..zero_shot import make_head, zero_shot
 
 # %% ../../nbs/app/00_exam.ipynb #c005
 def toy_sets(
@@ -126,7 +135,7 @@ def toy_suite(
 
     def words(texts): return tokenizer(texts, context_of(model))
 
-    got = retrieval(model, pair_batches(sets['pairs'], words, batch), ks=(1, 5), comm=comm)
+    got = retrieve(model, pair_batches(sets['pairs'], words, batch), ks=(1, 5), comm=comm)
     out.update({f'val/{k}': v for k, v in got.items() if 'R@' in k})
     return {**out, 'val/pairs': float(len(sets['pairs']['text']))}
 
@@ -174,6 +183,21 @@ def toy_data(
     found = (recipe.data, stage and stage.data, TOY.data)
     return next(data for data in found if isinstance(data, ToyData))
 
+class Reader:
+    "Reads texts as a stage does in training: at its length, by its strategy; what chance chooses hangs on the text alone."
+    def __init__(self, context: Context):
+        alone = context.recipe.replace(stages=(context.stage,)) # the stage may be one that no recipe lists
+        self.tokenizer, self.context_length = context.tokenizer, context.stage.context_length
+        cuts = context.stage.text_strategy != 'truncate'
+        self.strategy = stage_text(alone, 0, context.tokenizer) if cuts else None
+
+    def __call__(self, texts, context_length=None, strategy=None) -> torch.Tensor:
+        "Token ids; the length and strategy that a caller knows are the stage's already."
+        if self.strategy is None: return self.tokenizer(texts, context_length=self.context_length)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        draw = draws_of(0, [zlib.crc32(t.encode()) for t in texts])
+        return self.tokenizer(texts, context_length=self.context_length, strategy=self.strategy, draw=draw)
+
 class ToyQuestions:
     "The exam for one image size, ready to be asked again and again; its pictures are rendered once."
     def __init__(self, sets, digits, tokenizer, templates=None):
@@ -203,16 +227,166 @@ class ToyExam(Config):
         "The evaluation for one run and one image size."
         size = context.stage.image_size
         sets = toy_sets(toy_data(context.recipe, context.stage), size, context.seed, **self.amounts(context))
-        if context.quick: return ToyQuestions(sets, None, context.tokenizer, ['a photo of a {}'])
+        words = Reader(context) if context.tokenizer else None
+        if context.quick: return ToyQuestions(sets, None, words, ['a photo of a {}'])
         try: digits = digit_set(size)
         except UserError: digits = None # scikit-learn is not installed
-        return ToyQuestions(sets, digits, context.tokenizer)
+        return ToyQuestions(sets, digits, words)
 
     def skipped(self, model) -> dict: # question → why the model cannot answer it; empty where it answers all
         "What this model is not asked."
         return {k: why for k, why in answers(model).items() if why and k in ('zero-shot', 'retrieval')}
 
 # %% ../../nbs/app/00_exam.ipynb #c026
+@dataclass(frozen=True)
+class Asked(Config):
+    "A test set, as a line of a suite file."
+    path: str # where it is
+    name: str = '' # what tables call it; '': the last part of its path
+    task: str = '' # zero-shot, multilabel, retrieval, choice, winoground or long; '': what the set is made for
+    images: str = '' # directory of the pictures of a list of captions; '': near the list
+    split: str = 'test' # of a set that has several
+    classes: str = '' # as --classes
+    templates: str = '' # as --templates
+
+    def open(self) -> EvalSet: # raises `UserError`
+        "Look at what is there."
+        kind = self.task if self.task in SUITES else '' if self.task else suite_kind(self.path)
+        if kind: return open_suite(self.path, self.images, self.name, kind)
+        told = {k: getattr(self, k) for k in ('name', 'task', 'images', 'split', 'classes', 'templates')}
+        return open_set(self.path, open_pairs, **told)
+
+    def called(self) -> str: return self.name or Path(self.path).stem
+
+def seen_from(
+    folder: Path, # of the suite file
+    where: str, # a path in it; or a word such as 'imagenet'
+) -> str: # the path, where there is something
+    "A path of a suite file."
+    if not where or '://' in where or where.startswith('hub:'): return where
+    file, mark, key = where.partition('.json:')
+    path = folder / Path(f'{file}.json' if mark else where).expanduser()
+    there = path.exists() or any(c in where for c in '{*')
+    return f'{path}:{key}' if mark and there else str(path) if there else where
+
+def suite_file(
+    path: str, # FILE.json
+) -> list: # of `Asked`; raises `UserError`
+    "The sets that a suite file names."
+    file = Path(path).expanduser()
+    try: found = json.loads(file.read_text())
+    except OSError as e: raise UserError(f'--suite {path}: {e.strerror}') from e
+    except ValueError as e: raise UserError(f'--suite {path}: no JSON ({e})') from e
+    rows = found.get('sets') if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f'--suite {path}: expected a list of sets, each with a "path"')
+    for row in rows:
+        if not isinstance(row, dict) or 'path' not in row: raise UserError(f'--suite {path}: {row} has no "path"')
+    asked = [Asked.from_dict(row, f'set {k}') for k, row in enumerate(rows)]
+    here = file.absolute().parent
+    def placed(a): return {k: seen_from(here, getattr(a, k)) for k in ('path', 'images', 'classes', 'templates')}
+    return [a.replace(**placed(a)) for a in asked]
+
+def named_path(
+    part: str, # PATH or NAME=PATH
+) -> tuple: # (name, path)
+    "A test set's name: the one that is given, or the last part of its path."
+    if '=' in part.split('/')[0]: return tuple(part.split('=', 1))
+    return Path(part).stem, part
+
+def named_sets(
+    val_data: tuple, # PATH or NAME=PATH, or FILE.json that lists sets
+) -> list: # of `Asked`, named differently; raises `UserError`
+    "The test sets behind `--val-data`."
+    asked = []
+    for name, path in map(named_path, val_data):
+        listed = path.endswith('.json') and not suite_kind(path) and _lists_sets(path)
+        asked += suite_file(path) if listed else [Asked(path=path, name=name)]
+    names = [a.called() for a in asked]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is None: return asked
+    raise UserError(f'--val-data: two sets have the same name, {twice}: write NAME=PATH, or "name" in a suite file')
+
+def _lists_sets(path):
+    "Does a JSON file name sets by their paths?"
+    try: found = json.loads(Path(path).expanduser().read_text())
+    except (OSError, ValueError): return True # its reader says what is wrong
+    rows = found.get('sets', ()) if isinstance(found, dict) else found
+    return bool(rows) and isinstance(rows[0], dict) and 'path' in rows[0]
+
+class Validation:
+    "Test sets on disk, ready to be asked again and again; raises `UserError` for one that cannot be asked at all."
+    def __init__(self,
+        val_data: tuple, # as for `named_sets`
+        context: Context, # its stage decides size, length and strategy
+        workers: int = 0, # processes that decode
+        size: int = 250, # pictures in a batch
+        plain: bool = True, # the names of retrieval are free: no other evaluation has them
+    ):
+        self.context, self.words, self.workers, self.size = context, Reader(context), workers, size
+        self.sets = {a.called(): a.open() for a in named_sets(val_data)}
+        found = [name for name, s in self.sets.items() if s.task in ('retrieval', 'long')]
+        self.plain = found if plain and len(found) == 1 else []
+        self.told = set() # what was said on the error stream
+        for name, s in self.sets.items():
+            if s.task in ('classification', 'multilabel') and not s.names:
+                raise UserError(f'--val-data {name}: nobody says what its classes are called: use class folders, '
+                                'classnames.txt beside the tars, or a suite file with "classes"')
+            transform = preprocess(context.recipe.model.at(context.stage)).transform
+            self.pictures(s, transform).row(0)
+
+    def pictures(self, s: EvalSet, transform) -> Pictures:
+        "The batches of a set."
+        fields = {'classification': ('label',), 'multilabel': ('labels',)}.get(s.task, ('text',))
+        return Pictures(s.source, transform, self.size, fields, self.words, s.numbers, s.names, self.workers)
+
+    def __call__(self, model, comm=LOCAL) -> dict:
+        out = {}
+        for name, s in self.sets.items():
+            try: out.update({f'val/{k}': v for k, v in self.answer(name, s, model, comm).items()})
+            except UserError as e: self.tell(f'note: --val-data {name}: {e}', comm)
+        return out
+
+    def tell(self, text, comm):
+        "Say once why a set has no numbers; a rank whose own set is fine leaves it to the other."
+        if text in self.told or comm.rank and 'another rank' in text: return
+        self.told.add(text)
+        tqdm.write(text, file=sys.stderr)
+
+    def answer(self, name: str, s: EvalSet, model, comm) -> dict:
+        "The numbers of one set, under open_clip's names without 'val/'."
+        cannot = answers(model)['zero-shot' if s.names else 'retrieval']
+        if cannot: raise UserError(f'not asked, {cannot}')
+        data = self.pictures(s, preprocess(model.cfg).transform)
+        if s.task in ('classification', 'multilabel'):
+            head, got = make_head(model, *s.prompts(), self.words), {}
+            if s.task == 'multilabel':
+                got['mean_average_precision'] = float(average_precision(*scored(model, data, head, comm)).mean())
+            else:
+                ks = [k for k in (1, 5) if k <= head.out_features]
+                got = {k: v for k, v in zero_shot(model, data, head, ks, comm).items() if k != 'n'}
+            return {f'{name}-zeroshot-val-{k}': v for k, v in got.items()}
+        f, similarity = features(model, data, comm), similarity_of(model)
+        if s.task in ('choice', 'winoground'):
+            return {f'{name}-{k}': v for k, v in compared(s.task, f, similarity).items() if k != 'n'}
+        ks = [k for k in (1, 5, 10) if k <= len(s)]
+        got = retrieval(f['image'], f['text'], f['owner'], ks, comm=comm, similarity=similarity)
+        got = {k: v for k, v in got.items() if 'R@' in k or k == 'mean_recall'}
+        if s.task == 'long': got['filled'] = filled(s.source, self.words)
+        if similarity is product and hasattr(model, 'logit_scale'): got['clip_val_loss'] = self.loss(f, model)
+        return got if name in self.plain else {f'{name}-{k}': v for k, v in got.items()}
+
+    def loss(self, f, model) -> float:
+        "The contrastive loss of pictures and their first captions, in batches, the same on every rank."
+        first = torch.searchsorted(f['owner'], torch.arange(len(f['image']), device=f['owner'].device))
+        total, scale = 0., model.logit_scale.detach().exp().float()
+        for i in range(0, len(first), self.size):
+            rows = slice(i, i + self.size)
+            part = info_nce(f['image'][rows], f['text'][first[rows]], scale)
+            total += float(part['loss']) * len(first[rows])
+        return total / len(first)
+
+# %% ../../nbs/app/00_exam.ipynb #c029
 def exams(
     recipe: Recipe, # names the kinds of its evaluations
 ) -> dict: # kind → configuration with `build(context)`; raises `UserError` for a kind that leads nowhere

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from ..core import UserError, need
 from ..recipes import Recipe, stage_plan
-from ..engine.checkpoints import read_log
+from ..engine.logs import read_log
 
 # %% ../../nbs/app/01_report.ipynb #c005
 def duration(
@@ -43,7 +43,11 @@ def plan_table(
     head = f"{plan['recipe']['name']}, seed {plan['seed']}, {plan['device']}, {plan['precision']}, {processes}"
     changed = [f'  {k}: {shortened(a)} → {shortened(b)}' for k, (a, b) in plan.get('changed', {}).items()]
     more = [f'  … and {len(changed) - 12} more changes'] if len(changed) > 12 else []
-    return '\n'.join([head, *changed[:12], *more, *map(line, rows)])
+    reasons = []
+    for p, why in zip(plan['stages'], plan.get('why', ())):
+        how = f"{p['wrap']}, {p['micro_batch']:,} pairs at a time, checkpointing {p['checkpointing']}"
+        reasons.append(f"  {p['stage']}: {how} ({why})")
+    return '\n'.join([head, *changed[:12], *more, *map(line, rows), *reasons])
 
 def shortened(
     value, # of a field
