@@ -25,12 +25,13 @@ from .engine.shards import write_shards
 from .distributed_trainer import disconnect
 from .pretrained import create_model_and_transforms, get_tokenizer, save_pretrained
 from .recipes import RECIPES, ToyData, recipe as recipe_named, stage_plan
-from .trainer import Stopped
+from .engine.loop import Stopped
 from .engine.checkpoints import write_json
 from .app.doctor import doctor
 from .app.questions import classify_pictures, eval_model, model_given
 from .app.report import plan_table
-from .app.run import Options, effective, make_plan, repeated, run
+from .app.run import Options, effective, make_plan, run
+from .engine.flags import repeated
 from .app.speedrun import speedrun as try_idea
 
 # %% ../nbs/app/05_cli.ipynb #c005

@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from .core import LOCAL, Config, UserError, load_user_code, unknown
 from .cost import CHECKPOINTING, Tower, choose, plan, shards_of
 from .clip import ModelConfig, model_config
-from .data import PairData, Shards, Source
+from .data import PairData
+from .engine.index import Shards
+from .engine.sources import Source
 from .engine.pictures import Transform
 from .engine.shards import write_shards
 from .engine.sources import Made

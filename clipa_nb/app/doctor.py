@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 from ..core import UserError, load_user_code
 from ..data import Batches, loader
-from ..distributed_trainer import connect, watch
+from ..distributed_trainer import connect
+from ..engine.meeting import watch
 from ..recipes import Recipe, Stage, recipe as recipe_named, stage_data
-from .run import Options, Run, effective, flag, n_workers, trial_seconds
+from .run import Options, Run, effective, n_workers, trial_seconds
+from ..engine.flags import flag
 
 # %% ../../nbs/app/04_doctor.ipynb #c005
 def rate(

@@ -25,7 +25,8 @@ from ..engine.evalsets import ENDINGS, EvalSet, Pictures, TASKS, average_precisi
 from ..engine.evalsets import files_in, matched, open_set, prompt_list, roc_auc
 from ..engine.pictures import Transform
 from ..data import open_pairs
-from ..distributed_trainer import connect, rank_device, watch
+from ..distributed_trainer import connect
+from ..engine.meeting import rank_device, watch
 from ..zero_shot import classify, linear, make_head, not_below, zero_shot
 from ..engine.features import features, labelled_features
 from ..engine.suites import SUITES, compared, filled
@@ -35,7 +36,7 @@ from ..recipes import TOY, Recipe, toy_world
 from .exam import Context, ToyExam, evaluate, notes_of, pair_batches, skipped
 from .exam import Asked, named_path, suite_file, toy_data, toy_questions, world_of
 from .report import report_table
-from .run import flag, shown
+from ..engine.flags import flag, shown
 
 # %% ../../nbs/app/03_questions.ipynb #c005
 UserFiles = UseAppendAction[Annotated[tuple[str, ...], arg(name='with', metavar='PATH.py', help_behavior_hint='')]]
