@@ -1,19 +1,19 @@
 "Accumulation in chunks gives the gradient of one graph: any objective, dropped tokens, dropout, bf16, ranks; and bad input is refused."
-import contextlib, inspect, math
+import contextlib, inspect, math, weakref
 import pytest, torch
 import torch._dynamo # the data-parallel wrapper needs it; forked ranks inherit it instead of importing it each time
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from clipa_nb.clip import ModelConfig, build_clip
 from clipa_nb.core import LOCAL, UserError, autocast
-from clipa_nb.cost import Tower
-from clipa_nb.engine.meeting import same_gradients
-from clipa_nb.distributed_trainer import spawn
+from clipa_nb.cost import Tower, activation_bytes
+from clipa_nb.distributed_trainer import same_gradients, spawn
 from clipa_nb.infonce import Contrastive, Sigmoid
 from clipa_nb.optimization import AdamW
-from clipa_nb.trainer import Task, TrainConfig, clamp_temperature, first_pass, fit, forward_backward, train_step
-from clipa_nb.engine.loop import zero_gradient, check_batch, check_row, device_of, rng_state, set_rng_state, split
+from clipa_nb.trainer import Task, TrainConfig, zero_gradient, check_batch, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, set_rng_state, split, train_step
 
 CHUNKS = [1, 2, 4, 7] # 14 samples: even, ragged, two at a time
 N = 14
@@ -248,3 +248,51 @@ def test_two_ranks_synchronise_once(name):
             assert sums == [trained, trained], 'every gradient is averaged once in a step, those that only the loss uses too'
             assert set(got) == set(want)
             for n in want: torch.testing.assert_close(got[n], want[n], rtol=1e-10, atol=1e-10, msg=lambda m: f'{name}, {k} chunks, {n}: {m}')
+
+# --- what chunks hold in memory
+
+class Live(TorchDispatchMode):
+    "The bytes that torch holds, and their peak, while this mode is on: the same number on every run."
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.held = 0, 0, set()
+
+    def free(self, key, n):
+        self.now -= n
+        self.held.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t.untyped_storage() for t in tree_leaves(x) if torch.is_tensor(t)] for x in ((args, kwargs), out))
+        old = self.held | {s._cdata for s in given}
+        for s in made: # views of what was there before are not new
+            if s._cdata in old: continue
+            old.add(s._cdata)
+            self.held.add(s._cdata)
+            self.now += s.nbytes()
+            weakref.finalize(s, self.free, s._cdata, s.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+def test_a_counter_of_bytes_counts():
+    with Live() as live:
+        a = torch.zeros(1000)
+        b = a[:10] + 1
+        c = b.view(2, 5)
+        del a
+    assert (live.peak, live.now) == (4040, 40) and c.shape == (2, 5)
+
+@pytest.mark.parametrize('chunks', [1, 8])
+def test_chunks_hold_what_is_predicted(chunks):
+    "One graph holds b times what a sample keeps; chunks hold b/k of it and three copies of the features; both hold gradients."
+    tower, E = Tower(64, 2, 2, 256), 64
+    cfg = ModelConfig(image=tower, text=tower, embed_dim=E, image_size=32, patch=8, context_length=8, vocab_size=100, image_strategy='random', image_ratio=0.5)
+    model = build_clip(cfg); task = Task(model.train(), Contrastive())
+    each = sum(activation_bytes(tower, n, 'fp32') for n in (8 + 1, 8)) + 2 * 3 * 32 * 32 * 4 # pixels as numbers and as patches
+    gradients = sum(4 * p.numel() for p in model.parameters())
+    for b in (64, 256):
+        batch = dict(image=torch.zeros(b, 3, 32, 32, dtype=torch.uint8), text=torch.ones(b, 8, dtype=torch.long), draw=torch.arange(b))
+        model.zero_grad()
+        with Live() as live: forward_backward(task, task, batch, chunks=chunks)
+        features = 3 * b * 2 * E * 4 if chunks > 1 else 0
+        assert live.peak == pytest.approx(b * each / chunks + features + gradients, rel=0.1)

@@ -152,7 +152,7 @@ def test_a_loss_spike_ends_the_run_where_it_is_asked_for():
     assert e.value.story == dict(step=11, loss=3.1, median=2.)
     quiet = Guard(task_of(), TrainConfig())
     for step in range(12): quiet.look_at_row({'train/loss': 10. ** step}, step)
-    for bad, says in ((dict(max_bad=-1), 'max_bad -1: expected a whole number'), (dict(max_bad=1.5), 'max_bad 1.5'), (dict(spike=0.5), 'spike 0.5: expected 0')):
+    for bad, says in ((dict(max_bad=-1), 'max_bad -1: expected 0 or more, a whole number'), (dict(max_bad=1.5), 'max_bad 1.5: expected 0 or more'), (dict(spike=0.5), 'spike 0.5: expected 0 .no guard. or at least 1')):
         with pytest.raises(UserError, match=says): TrainConfig(**bad)
 
 class Towers(torch.nn.Module):
