@@ -171,7 +171,7 @@ def activation_bytes(
 
 # %% ../nbs/03_cost.ipynb #c048
 def memory(
-    size,              # a `Size`, or anything with its towers, patch and embed_dim; `act` and `text_act` where it has them
+    size,              # a `Size`, or anything with its towers, patch, embed_dim, and perhaps `act` and `text_act`
     image_tokens: int, # tokens the image tower's layers see
     text_tokens: int,  # tokens of a caption
     batch: int,        # samples on this device
@@ -195,8 +195,8 @@ def memory(
     pixels = 3 * image_size ** 2
     rows, columns = batch, batch * ranks
     if tile: rows, columns = min(tile, rows), min(tile, columns)
-    gathered = n * (2 if half else 4) if shards > 1 or half else 0 # autocast's copy, or what all shards make together
-    piled = 4 * n if shards > 1 and micro < batch else 0 # without an average after each chunk, whole gradients pile up
+    gathered = n * (2 if half else 4) if shards > 1 or half else 0 # autocast's copy, or what the shards make together
+    piled = 4 * n if shards > 1 and micro < batch else 0 # averaged once a step, whole gradients pile up meanwhile
     parts = dict(
         weights=n * (4 + 4 * ema) / shards + gathered,
         gradients=4 * n / shards + piled,
@@ -302,7 +302,7 @@ SMALL = 2048 # image tokens at a time for which starting the kernels is taken to
 def device_bytes(
     device: torch.device, # where a rank runs
     ranks_here: int = 1, # processes that share a CPU's memory
-) -> int: # what a step may fill: nine tenths of a GPU, four fifths of a rank's part of this machine's memory; 0: unknown
+) -> int: # what a step may fill: nine tenths of a GPU, four fifths of a rank's part of a CPU's memory; 0: unknown
     "The room of one rank."
     if device.type == 'cuda': return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
     names = getattr(os, 'sysconf_names', {})
@@ -333,7 +333,7 @@ def choose(
     "The cheapest way to make a step that fits."
     ways = ['ddp'] if ranks == 1 else ['ddp', 'hsdp', 'fsdp2'] if 1 < per_node < ranks else ['ddp', 'fsdp2']
     ways, kinds = ways if wrap == 'auto' else [wrap], CHECKPOINTING if checkpointing == 'auto' else [checkpointing]
-    pieces = [min(micro, share)] if micro else sorted({-(-share // 2 ** k) for k in range(share.bit_length())}, reverse=True)
+    pieces = [min(micro, share)] if micro else {-(-share // 2 ** k) for k in range(share.bit_length())}
     found = []
     for way in ways:
         for kind in kinds:
@@ -392,7 +392,7 @@ def sent(
 # %% ../nbs/03_cost.ipynb #c086
 @dataclass(frozen=True)
 class Network(Config):
-    "What a prediction of scaling assumes; the defaults are a data sheet's H100s with NVLink 4 and one 400-Gb/s port each."
+    "What a prediction of scaling assumes: data-sheet H100s with NVLink 4 and one 400-Gb/s port each."
     per_node: int = 8       # devices on one machine
     inside: float = 450e9   # bytes a second that a device sends inside its machine
     between: float = 50e9   # to other machines

@@ -10,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from clipa_nb.clip import ModelConfig, build_clip
 from clipa_nb.core import LOCAL, UserError, autocast
 from clipa_nb.cost import Tower, activation_bytes
-from clipa_nb.distributed_trainer import same_gradients, spawn
+from clipa_nb.engine.meeting import same_gradients
+from clipa_nb.distributed_trainer import spawn
 from clipa_nb.infonce import Contrastive, Sigmoid
 from clipa_nb.optimization import AdamW
-from clipa_nb.trainer import Task, TrainConfig, zero_gradient, check_batch, check_row, clamp_temperature, device_of, first_pass, fit, forward_backward, rng_state, set_rng_state, split, train_step
+from clipa_nb.trainer import Task, TrainConfig, clamp_temperature, first_pass, fit, forward_backward, train_step
+from clipa_nb.engine.loop import zero_gradient, check_batch, check_row, device_of, rng_state, set_rng_state, split
 
 CHUNKS = [1, 2, 4, 7] # 14 samples: even, ragged, two at a time
 N = 14

@@ -707,7 +707,8 @@ def test_a_box_becomes_a_line():
     assert one_line('no frame at all', []) == 'no frame at all (see clipa --help)'
 
 def test_the_docstring_that_the_parser_reads():
-    from clipa_nb.cli import asked, data, demo, with_help
+    from clipa_nb.cli import asked, demo, with_help
+    from clipa_nb.app.data_tools import data
     assert with_help(data).count('\n        ') == 6 and 'n: pairs to make' in with_help(data) and with_help(demo).startswith(demo.__doc__)
     assert 'smoke=True' in str(asked(['demo', '--smoke']))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CROP_DRAWS', 'COLOUR_DRAWS', 'FILTERS', 'FORMS', 'jpeg', 'Transform', 'inception_box', 'crop_box', 'dct_factor',
-           'decode_crop', 'decode', 'evaluation_pixels', 'eval_image', 'move_boxes', 'colour_maps', 'affine_jitter',
-           'JaxColours', 'TorchColours', 'published_jitter', 'jitter_colours', 'Augment']
+           'PictureFile', 'decode_crop', 'decode', 'evaluation_pixels', 'eval_image', 'move_boxes', 'colour_maps',
+           'affine_jitter', 'JaxColours', 'TorchColours', 'published_jitter', 'jitter_colours', 'Augment']
 
 # %% ../../nbs/engine/03_pictures.ipynb #c002
 import io, math, warnings
@@ -135,7 +135,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     return found if found in range(1, 9) else 1
 
-class _File:
+class PictureFile:
     "An image file that was opened but not decoded: its `size`, and its `pixels` at a scale."
     def __init__(self, data):
         self.data, self.image, self.orientation = data, None, 1
@@ -197,7 +197,7 @@ def decode_crop(
 ) -> tuple: # (uint8 [S,S,3], part kept (left, top, right, bottom), (width, height)), both in pixels of the file
     "`decode`, and what was cut from where: boxes need it to move along."
     given = isinstance(data, Image.Image)
-    file = data if given else _File(data)
+    file = data if given else PictureFile(data)
     size = file.size
     wanted = crop_box(*size, t, u)
     factor = 1 if given else dct_factor(wanted, t, size)
