@@ -136,7 +136,7 @@ if __name__ == '__main__':
             make_model(out, how, root / 'sets')
             for name, task in tasks.items():
                 pairs = compared(python, root, out, name, task)
-                row = dict(git_sha=sha, date=time.strftime('%Y-%m-%d'), hardware=cpu_name(), torch=torch.__version__, peers=eval(versions), resize=how[0], interpolation=how[1],
+                row = dict(git_sha=sha, date=time.strftime('%Y-%m-%d'), hardware=cpu_name(), torch=torch.__version__, threads=1, peers=eval(versions), resize=how[0], interpolation=how[1],
                            set=name, largest=max(abs(a - b) for a, b in pairs.values()), scores={k: dict(clip_benchmark=a, ours=b) for k, (a, b) in pairs.items()})
                 print(json.dumps(row), flush=True)
                 if '--dry' not in sys.argv:

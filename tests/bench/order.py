@@ -201,7 +201,7 @@ def main():
     for kind in args.only:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             for row in KINDS[kind](Path(folder)):
-                row = dict(git_sha=sha, hardware=f'{cpu_name()}, {os.cpu_count()} cores', torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), **row)
+                row = dict(git_sha=sha, hardware=f'{cpu_name()}, {os.cpu_count()} cores', torch=torch.__version__, threads=1, numpy=np.__version__, python=platform.python_version(), **row)
                 print(json.dumps(row), flush=True)
                 with open(args.out, 'a') as f: f.write(json.dumps(row) + '\n')
 

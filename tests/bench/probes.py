@@ -120,6 +120,6 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     for seed in map(int, sys.argv[1:] or (1, 2, 3)):
-        row = dict(git_sha=sha, hardware=f'{cpu_name()}, one thread', torch=torch.__version__, **measured(seed))
+        row = dict(git_sha=sha, hardware=f'{cpu_name()}, one thread', torch=torch.__version__, threads=1, **measured(seed))
         with open(ROOT / 'nbs/results/probes.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
         print(row, flush=True)

@@ -50,6 +50,6 @@ if __name__ == '__main__':
     from record import cpu_name
     import torch
     sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    row = dict(git_sha=sha, hardware=f'{cpu_name()}, one thread', torch=torch.__version__, **measure(a))
+    row = dict(git_sha=sha, hardware=f'{cpu_name()}, one thread', torch=torch.__version__, threads=1, **measure(a))
     with open(a.out, 'a') as f: f.write(json.dumps(row) + '\n')
     print(row)

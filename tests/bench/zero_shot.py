@@ -71,6 +71,6 @@ if __name__ == '__main__':
     from record import cpu_name
     sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     for seed in map(int, sys.argv[1:] or (0, 1, 2)):
-        row = dict(git_sha=sha, date=time.strftime('%Y-%m-%d'), hardware=cpu_name(), torch=torch.__version__, **measured(seed))
+        row = dict(git_sha=sha, date=time.strftime('%Y-%m-%d'), hardware=cpu_name(), torch=torch.__version__, threads=1, **measured(seed))
         with open(ROOT / 'nbs' / 'results' / 'zero_shot.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
         print(json.dumps(row), flush=True)
