@@ -388,7 +388,9 @@ class ModelConfig(Config):
     def at(self, stage):
         "The configuration in one stage of training: its lengths, its dropping, what it keeps for the backward pass."
         names = ('image_size', 'context_length', 'image_strategy', 'image_ratio', 'checkpointing')
-        return self.replace(**{k: getattr(stage, k) for k in names if hasattr(stage, k)})
+        asked = {k: getattr(stage, k) for k in names if hasattr(stage, k)}
+        if asked.get('checkpointing') == 'auto': asked['checkpointing'] = 'none' # nobody has looked for room yet
+        return self.replace(**asked)
 
     def build(self, output_dict: bool = False):
         "The model, in training mode, with fresh weights; a paper's own configuration builds its own."

@@ -24,7 +24,8 @@ from .engine.index import Shards, shard_names
 from .engine.remote import is_remote
 from .engine.pictures import CROP_DRAWS, Transform
 from .engine.pictures import Augment, decode, decode_crop, move_boxes
-from .engine.sources import Columns, HubSet, Recaptioned, Source, cause, kind_of
+from .engine.sources import Columns, HubSet, Recaptioned, kind_of
+from .engine.pairs import Source, cause
 
 # %% ../nbs/11_data.ipynb #c018
 _HALF, _GOLDEN = np.uint64(32), np.uint64(0x9E3779B97F4A7C15)

@@ -19,7 +19,7 @@ from .cost import CHECKPOINTING, Tower, choose, plan, shards_of
 from .clip import ModelConfig, model_config
 from .data import PairData
 from .engine.index import Shards
-from .engine.sources import Source
+from .engine.pairs import Source
 from .engine.pictures import Transform
 from .engine.shards import write_shards
 from .engine.sources import Made
@@ -105,9 +105,8 @@ def stage_model(
     recipe: Recipe, # the run
     i: int, # which stage
 ) -> ModelConfig: # with that stage's image size, context length, dropping and checkpointing
-    "The model's configuration in one stage; what is still 'auto' there is what needs no room to be known."
-    stage = recipe.stages[i]
-    return recipe.model.at(stage.replace(checkpointing='none') if stage.checkpointing == 'auto' else stage)
+    "The model's configuration in one stage."
+    return recipe.model.at(recipe.stages[i])
 
 def stage_objective(
     recipe: Recipe, # the run

@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 from clipa_nb.core import UserError, draws_of, keyed_uniform
 from clipa_nb.data import FIELDS, Batches, Damaged, Filter, PairData, Skips, Subset, _Steps, _same, _start_worker, _stream, apply_filters, captions_of, check_needs, check_pairs, filtered, loader, looks_at, one_caption, open_pairs
-from clipa_nb.engine.sources import Columns, Source, Table, cause
+from clipa_nb.engine.sources import Columns, Table
+from clipa_nb.engine.pairs import Source, cause
 from clipa_nb.engine.pictures import Transform, decode, jpeg
 from clipa_nb.engine.index import Shards
 from clipa_nb.engine.shards import members, write_shards

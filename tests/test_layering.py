@@ -1,5 +1,5 @@
 "The house's architecture, from the files alone: who may import whom, and what every notebook must hold."
-import ast, json, re
+import ast, functools, json, re
 from pathlib import Path
 import nbformat, pytest
 
@@ -59,6 +59,7 @@ def dynamic(tree):
         called = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, 'attr', '')
         if called in ('need', 'import_module', '__import__'): yield n.args[0].value
 
+@functools.cache
 def depth(module): return 1 + max((depth(m) for m in own(module, top=True)), default=0)
 
 def may_import(a, b):

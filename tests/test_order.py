@@ -4,7 +4,7 @@ import numpy as np, pytest
 from clipa_nb.core import UserError
 from clipa_nb.data import MixedOrder, Mixture, Order, deal_of, lanes_of, order_of, perm, positions, weighted, whole_shares
 from clipa_nb.engine.index import Blocks
-from clipa_nb.engine.sources import Source
+from clipa_nb.engine.pairs import Source
 
 
 def drawn(seed):

@@ -5,8 +5,8 @@ from clipa_nb.core import UserError
 from clipa_nb.data import Batches, PairData, captions_of, check_pairs, loader, open_pairs
 from clipa_nb.engine.pictures import Transform, jpeg
 from clipa_nb.engine.shards import write_shards
-from clipa_nb.engine.sources import (ClassFolders, Columns, Folder, HubSet, HubStream, Made, Recaptioned, Source, Table, cause, kind_of, pairs_in,
-                                     pick, pictures_in, source_of, table_kind)
+from clipa_nb.engine.sources import ClassFolders, Columns, Folder, HubSet, HubStream, Made, Recaptioned, Table, kind_of, pairs_in, pick, pictures_in, source_of, table_kind
+from clipa_nb.engine.pairs import Source, cause
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from clipa_nb.clip import ModelConfig, build_clip
 from clipa_nb.core import LOCAL, UserError, draws_of, keyed_uniform
 from clipa_nb.cost import Tower
 from clipa_nb.data import Batches
-from clipa_nb.engine.sources import Source
+from clipa_nb.engine.pairs import Source
 from clipa_nb.engine.meeting import same_gradients
 from clipa_nb.distributed_trainer import spawn
 from clipa_nb.engine.checkpoints import pack, unpack

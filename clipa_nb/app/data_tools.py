@@ -23,7 +23,7 @@ from ..engine.index import index_set, store_for, write_offsets
 from ..engine.pictures import CROP_DRAWS, Transform, crop_box, decode, PictureFile
 from ..engine.remote import is_remote, remote_bill
 from ..engine.shards import index_shard, walked, write_shard, write_shards
-from ..engine.sources import cause
+from ..engine.pairs import cause
 from ..recipes import ToyData
 
 # %% ../../nbs/app/07_data_tools.ipynb #c005

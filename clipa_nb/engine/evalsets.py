@@ -21,7 +21,7 @@ from .imagenet import CANONICAL, IMAGENET_CLASSNAMES, IMAGENET_SYNSETS, PLAIN_TE
 from .imagenet import canonical, ranked_among
 from .pictures import Transform, eval_image
 from .shards import KINDS, expand, members, parse_meta
-from .sources import Source, cause
+from .pairs import Source, cause
 
 # %% ../../nbs/engine/13_evalsets.ipynb #c005
 ENDINGS = (*(kind.decode() for kind, part in KINDS.items() if part == 0), 'bmp', 'gif', 'tif', 'tiff')

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..core import UserError
 from .shards import LocalStore, expand, gathered, mapped, runs, sample_at, sample_of, walk, walked
 from .shards import whole_samples
-from .sources import Source
+from .pairs import Source
 from .remote import RemoteStore, expand_remote, is_remote, remote_bill
 
 # %% ../../nbs/engine/11_index.ipynb #c005

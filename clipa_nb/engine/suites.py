@@ -14,7 +14,7 @@ from ..core import UserError, unknown
 from .asking import each, n_rows, product
 from .evalsets import EvalSet
 from .features import TIES
-from .sources import Source
+from .pairs import Source
 
 # %% ../../nbs/engine/18_suites.ipynb #c005
 def rows_in(

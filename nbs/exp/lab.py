@@ -21,7 +21,8 @@ from clipa_nb.recipes import Recipe, ToyData, stage_data, stage_objective, stage
 from clipa_nb.token_dropping import resize
 from clipa_nb.toyworld import TEMPLATES, caption_text, class_names, class_scenes, render, scenes
 from clipa_nb.trainer import fit
-from clipa_nb.zero_shot import batched, make_head, zero_shot
+from clipa_nb.engine.asking import batched
+from clipa_nb.zero_shot import make_head, zero_shot
 
 RESULTS = ROOT / 'nbs' / 'results'
 SCORES = {
