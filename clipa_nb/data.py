@@ -799,12 +799,11 @@ def loader(
         stream = _sturdy(data, steps, workers, prefetch, timeout, device.type == 'cuda')
     else:
         stream = map(data.__getitem__, steps)
-    for batch, skipped in stream:
+    for step, (batch, skipped) in zip(steps, stream):
         if isinstance(batch, UserError): raise batch
         batches.skipped.add(skipped, batches.b)
-        batches.skipped.alarm()
+        batches.skipped.alarm(last=step == stop - 1) # here, because nobody asks for more than the last batch
         yield after({name: x.to(device, non_blocking=True) for name, x in batch.items()})
-    batches.skipped.alarm(last=True)
 
 # %% ../nbs/11_data.ipynb #c064
 def reader_of(

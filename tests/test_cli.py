@@ -77,7 +77,7 @@ def test_eval_on_own_data(finished, own, tmp_path):
     assert probes['val/classes-linear-probe-top1'] == 1 # red and blue: any features will do
     both = ask(suite='robustness', val_data=(f'first={where("classes")}', f'second={where("pairs")}'), classes=where('names.txt'), templates=where('prompts.txt'))
     assert both['val/second_top1'] == both['val/clean_top1'] == 1
-    assert set(ask(suite='retrieval', val_data=(where('pairs'),))) == {f'val/{a}_to_{b}_R@{k}' for a, b in (('image', 'text'), ('text', 'image')) for k in (1, 5)}
+    assert set(ask(suite='retrieval', val_data=(where('pairs'),))) == {f'val/{a}_to_{b}_R@{k}' for a, b in (('image', 'text'), ('text', 'image')) for k in (1, 5)} | {'val/mean_recall'}
 
 def test_eval_refuses(clipa, finished, own, tmp_path):
     for out in (tmp_path / 'nodir' / 'x.json', tmp_path): bad(clipa, 'eval', finished / 'model', '--out', out, says='give a file in a directory that exists')
@@ -275,11 +275,11 @@ def examine(comm, run):
 def test_doctor_says_gather(patient):
     from clipa_nb.distributed_trainer import spawn
     run = patient()
-    for rates, name in spawn(examine, 2, run): assert list(rates) == ['read', 'decode', 'loader', 'step', 'gather'] and rates['gather'] <= 16 / 2 and name == 'gather'
+    for rates, name in spawn(examine, 2, run): assert list(rates) == ['read', 'decode', 'loader', 'hand-over', 'step', 'gather'] and rates['gather'] <= 16 / 2 and name == 'gather'
 
 def test_doctor_names_one_part(clipa):
     last = clipa('doctor', 'toy', '--smoke', '--device', 'cpu', '--workers', '0').stdout.splitlines()[-1]
-    assert last.startswith('the bottleneck is: ') and last.split()[3] in ('reading', 'decoding', 'loader', 'step')
+    assert last.startswith('the bottleneck is: ') and last.split()[3] in ('reading', 'decoding', 'loader', 'hand-over', 'step')
 
 def test_costs_at_an_impossible_share(clipa):
     for mfu in ('0', '40', '-1', 'nan'): assert not bad(clipa, 'cost', 'toy', '--mfu', mfu, says='0 < mfu ≤ 1').stdout

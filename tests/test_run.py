@@ -374,8 +374,9 @@ def test_what_cannot_be_read_is_said(clipa, damaged, tmp_path):
     "Once on the error stream, in the log, and in the report; the vocabulary is learnt all the same."
     out = tmp_path / 'x'
     done = clipa(*SMOKE, '--global-batch', '50', '--samples', '100', '--train-data', damaged, '--out', out)
-    assert done.stderr.count('not an image') == done.stderr.count('bad json') == 1 and done.stderr.count('are left out') == 2, done.stderr
+    assert done.stderr.count('not an image') == done.stderr.count('bad json') == done.stderr.count('were left out') == 4, done.stderr # first and in all, in each stage
     assert rows(out)[1]['train/skipped'] == 10 and rows(out)[1]['skipped'] == {'not an image': 9, 'bad json': 1}
+    assert rows(out)[1]['skipped_in'] == {'000000.tar: not an image': 9, '000000.tar: bad json': 1}
     assert report(out)['skipped'] == {'not an image': 18, 'bad json': 2} # two stages see each pair once
     assert 'could not be read: 20 samples (not an image 18×, bad json 2×)' in done.stdout
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'clipa_nb.cli', *SMOKE, '--global-batch', '50', '--samples', '100', '--train-data', damaged, '--out', tmp_path / 'two']

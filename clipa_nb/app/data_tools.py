@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
 from ..core import UserError, hash_uniform
 from ..data import Damaged, Skips, one_caption, open_pairs
+from ..engine.flags import shown
 from ..engine.index import index_set, store_for, write_offsets
 from ..engine.pictures import CROP_DRAWS, Transform, crop_box, decode, PictureFile
 from ..engine.remote import is_remote, remote_bill
@@ -120,7 +121,9 @@ def check(
         for container, why, key in wrong: keys.setdefault((container, why), []).append(key)
     by_shard = found.by_shard()
     for container, causes in by_shard.items():
-        for why, n in causes.items(): say(f'  {container}: {why} × {n}, first {", ".join(map(str, keys[container, why][:3]))}')
+        for why, n in causes.items():
+            first = ', '.join(map(str, keys[container, why][:3]))
+            say(f'  {container}: {why} × {n}, first {first}')
     if len({c for c, _ in found.counts}) > len(by_shard): say('  … and more shards')
     notes, n = getattr(source, 'notes', []), found.counts.total()
     for note in notes: say(f'  {note}')
@@ -157,7 +160,8 @@ def some_sizes(source, n: int = 200) -> list:
     sizes = []
     for i in np.linspace(0, len(source) - 1, min(n, len(source)), dtype=int).tolist():
         with contextlib.suppress(Exception): sizes.append(PictureFile(source.read(i)['image']).size)
-    if not sizes: raise Damaged(f'none of the pictures of {source} that were tried can be read: clipa data check says more')
+    if not sizes:
+        raise Damaged(f'none of the pictures of {source} that were tried can be read: clipa data check says more')
     return sizes
 
 def shrunk(
@@ -224,7 +228,8 @@ class Shrinker:
 
 def _settings(source, short, quality, parts):
     content = source.facts()['content'] if hasattr(source, 'facts') else ''
-    return dict(source=str(source.place), samples=len(source), content=content, short=short, quality=quality, parts=len(parts))
+    what = dict(source=str(source.place), samples=len(source), content=content)
+    return dict(what, short=short, quality=quality, parts=len(parts))
 
 def _resumed(out: Path, settings: dict) -> dict: # {part: row} of what is done
     "Claim the directory, or go on where the same command was stopped; raises `UserError` for somebody else's."
@@ -258,15 +263,17 @@ def shrink(
     workers: int = 0, # processes; 0: one for each core
     limit: float = 0.1, # share of damaged samples that ends it
     say=print, # takes a line
-) -> dict: # samples, bytes before and after; raises `UserError`, and `Damaged` where the disk is full or too much is broken
+) -> dict: # samples, bytes before and after; raises `UserError`, and `Damaged` for a full disk and too much damage
     "Write a smaller copy of a set, once; the same command goes on where it was stopped."
-    if not 16 <= short <= 4096: raise UserError(f'--short {short}: expected 16 to 4096 pixels; 112 to 153 suit training at 84')
+    if not 16 <= short <= 4096:
+        raise UserError(f'--short {short}: expected 16 to 4096 pixels; 112 to 153 suit training at 84')
     if not 50 <= quality <= 100: raise UserError(f'--quality {quality}: expected 50 to 100')
     source, out = opened(where, say), Path(os.path.expanduser(str(out)))
     sizes = some_sizes(source)
     for side, (share, most) in losses(sizes, sorted({*SHORT_SIDES, short})).items():
         chosen = ' ← this set' if side == short else ''
-        say(f'  short side {side}: {share:.1%} of crops of 40–100 % are enlarged for 84 px, at most {most:.2f}×{chosen}')
+        enlarged = f'{share:.1%} of crops of 40–100 % are enlarged for 84 px, at most {most:.2f}×'
+        say(f'  short side {side}: {enlarged}{chosen}')
     parts = parts_of(source)
     done = _resumed(out, _settings(source, short, quality, parts))
     work = Shrinker(out, short, quality, parts)
@@ -283,8 +290,8 @@ def shrink(
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         free = shutil.disk_usage(out).free / 1e9
-        raise Damaged(f'the disk of {out} is full ({free:.1f} GB free) after {len(done)} of {len(parts)} shards, which are '
-                      'kept: make room and run the same command again') from None
+        raise Damaged(f'the disk of {out} is full ({free:.1f} GB free) after {len(done)} of {len(parts)} shards, '
+                      'which are kept: make room and run the same command again') from None
     return _finished(source, out, work, parts, done, say)
 
 def _finished(source, out, work, parts, done, say):
@@ -339,7 +346,8 @@ def stats(
     say(f'  {twice:.1%} of the captions are repeated; {several / len(sizes):.1%} of the pictures have several')
     if names: say(f'  json: {", ".join(f"{k} ({v / len(sizes):.0%})" for k, v in names.most_common(12))}')
     for why, k in bad.most_common(): say(f'  cannot be read: {why} × {k}')
-    return dict(samples=len(source), looked_at=len(ids), bytes_mean=float(np.mean(weights)), words_mean=float(np.mean(words)),
+    means = dict(bytes_mean=float(np.mean(weights)), words_mean=float(np.mean(words)))
+    return dict(means, samples=len(source), looked_at=len(ids),
                 short_side=float(np.median([min(s) for s in sizes])), repeated=twice, damaged=dict(bad))
 
 def make_toy(
@@ -362,8 +370,8 @@ _FLAGS = {'index': {'workers', 'energon'}, 'check': {'workers'}, 'stats': {'n'},
 def data(
     action: Positional[Literal['index', 'check', 'shrink', 'stats', 'make-toy', 'make']], # what to do with the pairs
     path: Positional[str], # where the pairs are: shards, a folder, a table, hub:NAME; for make-toy, where they go
-    out: Positional[str] = '', # shrink: the directory of the smaller shards
-    n: Optional[int] = None, # make-toy: pairs to draw, 1000; stats: samples to look at, 2000
+    out: Positional[Annotated[str, shown('OUT')]] = '', # shrink: the directory of the smaller shards
+    n: Annotated[Optional[int], shown('N')] = None, # make-toy: pairs to draw, 1000; stats: samples to look at, 2000
     short: Annotated[int, arg(metavar='PIXELS')] = 128, # shrink: the short side
     quality: Annotated[int, arg(metavar='N')] = 95, # shrink: of the JPEG files
     limit: Annotated[float, arg(metavar='SHARE')] = 0.1, # shrink: damaged samples that end it
@@ -375,17 +383,20 @@ def data(
 ):
     "Index, check, shrink or describe pairs; or make toy shards."
     action = 'make-toy' if action == 'make' else action
-    given = dict(out=out, n=n, short=short, quality=quality, limit=limit, workers=workers, energon=energon, world=world, seed=seed)
+    given = dict(out=out, n=n, short=short, quality=quality, limit=limit, workers=workers, energon=energon,
+                 world=world, seed=seed)
     usual = dict(out='', n=None, short=128, quality=95, limit=0.1, workers=0, energon=False, world='demo', seed=0)
     idle = [k for k in given if given[k] != usual[k] and k not in _FLAGS[action]]
     if idle:
         of = next((a for a, names in _FLAGS.items() if idle[0] in names), 'others')
-        raise UserError(f'{"--" if idle[0] != "out" else ""}{idle[0]} has no meaning for clipa data {action}: it belongs to {of}')
+        name = 'a second place' if idle[0] == 'out' else f'--{idle[0]}'
+        raise UserError(f'{name} has no meaning for clipa data {action}: it belongs to {of}')
     if min(n or 0, workers) < 0: raise UserError(f'--n {n}, --workers {workers}: expected numbers of 0 or more')
     if action == 'make-toy': make_toy(path, 1000 if n is None else n, world, seed)
     if action == 'index': index_set(path, workers, energon)
     if action == 'check': check(path, workers)
     if action == 'stats': stats(path, n or 2000)
     if action != 'shrink': return
-    if not out: raise UserError('clipa data shrink needs two places: where the pairs are, and a directory for the smaller ones')
+    if not out:
+        raise UserError('clipa data shrink needs two places: where the pairs are, and a directory for the smaller ones')
     shrink(path, out, short, quality, workers, limit)

@@ -8,9 +8,10 @@ __all__ = ['HOW', 'LEARNS', 'GRACE', 'ONCE_IN', 'Options', 'n_workers', 'other_p
            'sole_user', 'fingerprint', 'amount', 'same_data', 'cache_bytes', 'dealt', 'place_of', 'open_data',
            'captions_with_words', 'open_tokenizer', 'build_task', 'bare_task', 'needs_of', 'stage_optimizer',
            'evaluations_of', 'few_pairs', 'Rehearsal', 'stage_batches', 'few_samples', 'random_batch', 'trial_seconds',
-           'make_plan', 'Run', 'next_weights', 'begin_stage', 'Stopwatch', 'added_up', 'silent', 'Cadence', 'Training',
-           'roll_back', 'train_stages', 'hardware_of', 'final_scores', 'own_tokenizer', 'finish', 'decided', 'dry_run',
-           'status_of', 'run_effective', 'full_length', 'equal_steps', 'compare_run', 'run']
+           'make_plan', 'Run', 'next_weights', 'begin_stage', 'Stopwatch', 'added_up', 'silent', 'Cadence',
+           'skipped_so_far', 'Training', 'roll_back', 'train_stages', 'hardware_of', 'final_scores', 'own_tokenizer',
+           'finish', 'decided', 'dry_run', 'status_of', 'run_effective', 'full_length', 'equal_steps', 'compare_run',
+           'run']
 
 # %% ../../nbs/app/02_run.ipynb #c002
 import contextlib, errno, hashlib, json, math, os, platform, signal, socket, sys, tempfile, time, warnings
@@ -679,7 +680,6 @@ class Run:
         self.measured = None # FLOP/s of large products on this device, measured when it is first asked for
         self.tally = [dict(seconds=0., cpu_seconds=0.) for _ in recipe.stages]
         self.skipped = [{} for _ in recipe.stages] # {cause: samples that could not be read}
-        self.told = set() # causes that were said on the error stream
 
     def steps_before(self, i: int) -> int:
         "Steps of all stages before this one."
@@ -711,16 +711,6 @@ class Run:
         sheet = next((peak for kind, peak in HARDWARE.items() if kind in name), None)
         if sheet and self.precision != 'fp32': shares['train/utilisation'] = each / sheet
         return shares
-
-    def tell(self, stage: Stage, batches: Batches):
-        "Say once on the error stream what cannot be read, and why."
-        first = {}
-        for where, why in batches.skipped.counts: first.setdefault(why, where)
-        for why in [why for why in first if why not in self.told]:
-            self.told.add(why)
-            told = f'a sample of {first[why]} cannot be read: {why}'
-            rest = 'samples like it are left out, and counted in the log'
-            tqdm.write(f'note: stage {stage.name}: {told}; {rest}', file=sys.stderr)
 
 # %% ../../nbs/app/02_run.ipynb #c024
 def next_weights(
@@ -835,6 +825,13 @@ class Cadence:
 
 
 # %% ../../nbs/app/02_run.ipynb #c028
+def skipped_so_far(
+    causes: dict, # {cause: samples}
+    places: dict, # {'shard: cause': samples}
+) -> dict: # for a row of the log
+    "How many samples of a stage could not be read, why, and where."
+    return {'train/skipped': sum(causes.values()), 'skipped': causes, 'skipped_in': places}
+
 class Training:
     "One stage being trained: what `fit` calls back, and what it is given."
     def __init__(self,
@@ -860,16 +857,18 @@ class Training:
     def lose(self):
         "Add up what could not be read, over ranks."
         causes = Counter()
-        for (_, why), n in self.batches.skipped.counts.items(): causes[why] += n
+        counts = self.batches.skipped.counts
+        for (_, why), n in counts.items(): causes[why] += n
         self.run.skipped[self.i] = dict(self.lost_before + Counter(added_up(causes, self.run.comm)))
+        worst = {f'{where}: {why}': n for (where, why), n in counts.most_common(100)}
+        self.lost_in = added_up(worst, self.run.comm) # since this process began: a list of all shards would be long
 
     def record(self, step, **row):
         "A row for the log; a row of the trainer's is completed."
         run, i = self.run, self.i
         if 'train/loss' in row:
-            run.tell(self.stage, self.batches)
             self.lose()
-            if run.skipped[i]: row.update({'train/skipped': sum(run.skipped[i].values()), 'skipped': run.skipped[i]})
+            if run.skipped[i]: row.update(skipped_so_far(run.skipped[i], self.lost_in))
             if self.first: row.update(run.utilisation(i, row['train/samples_per_second']))
             if saved := self.run.checkpoints.blocked: row['train/checkpoint_wait'] = round(saved, 4)
         spent = {k: round(v + sum(t[k] for t in run.tally[:i]), 2) for k, v in self.clock.read().items()}
